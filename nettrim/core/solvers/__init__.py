@@ -1,0 +1,287 @@
+"""The table of solvers, and the one loop around them: choose, run, certify, judge."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nettrim.core.certificate import certify, feasible_multipliers, measure_fit
+from nettrim.core.problem import LayerProblem, as_float_tensor, build_problem, check_amount
+from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
+from nettrim.core.solvers.admm import Admm
+from nettrim.core.solvers.base import Limits, RawAnswer, Solver, Start
+from nettrim.core.solvers.conic import Clarabel, Osqp, Scs
+from nettrim.core.solvers.radius import Radius
+from nettrim.errors import ProblemError, SolverError, UnknownNameError, UnsupportedError
+
+#: name -> factory of the solver with its default settings
+SOLVERS: dict[str, Callable[[], Solver]] = {
+    "auto": Admm,
+    "admm": Admm,
+    "scs": Scs,
+    "clarabel": Clarabel,
+    "osqp": lambda: Radius(Osqp()),
+}
+
+
+def make_solver(solver: str | Solver) -> Solver:
+    """Return the solver of that name, or the object itself.
+
+    Raises
+    ------
+    UnknownNameError
+        The name is not in `SOLVERS`.
+    """
+    if not isinstance(solver, str):
+        return solver
+    if solver not in SOLVERS:
+        raise UnknownNameError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}, or a solver object.")
+    return SOLVERS[solver]()
+
+
+def solve_problem(
+    problem: LayerProblem,
+    solver: str | Solver = "auto",
+    *,
+    tol: float = 1e-3,
+    max_seconds: float | None = None,
+    on_failure: str = "raise",
+    start: Start | None = None,
+) -> LayerSolution:
+    """Solve one layer's problem and certify the answer.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+    solver : str or Solver
+        A name in `SOLVERS`, or an object such as ``Admm(max_iter=10_000)``.
+    tol : float
+        The relative duality gap that counts as solved.
+    max_seconds : float, optional
+        Wall-clock limit; what was reached by then is judged like any answer.
+    on_failure : {"raise", "warn", "return"}
+        What to do where the certificate does not say SOLVED.
+    start : Start, optional
+        Where to start from.
+
+    Returns
+    -------
+    LayerSolution
+        Its tensors are torch tensors in the dtype of the problem.
+
+    Raises
+    ------
+    SolverError
+        With ``on_failure="raise"``, where the answer is not certified; the error's `solution` holds it.
+    UnsupportedError
+        The solver does not take such a problem; the text says what does.
+    """
+    tol = check_amount("tol", tol)
+    if max_seconds is not None:
+        max_seconds = check_amount("max_seconds", max_seconds)
+    if on_failure not in ("raise", "warn", "return"):
+        raise ProblemError(f"on_failure={on_failure!r} is unknown: use raise, warn or return.")
+    chosen = make_solver(solver)
+    refusal = chosen.refuses(problem)
+    if refusal is not None:
+        raise UnsupportedError(refusal)
+    began = time.monotonic()
+    answer = _zero_answer(problem)
+    if answer is None:
+        deadline = None if max_seconds is None else began + max_seconds
+        answer = chosen.run(problem, Limits(tol, deadline), start)
+    weight = answer.weight.to(problem.inputs)
+    candidate = answer.multipliers
+    if candidate is None:
+        candidate = -measure_fit(problem, weight).residual
+    # rounded to the problem's dtype first: what is certified is what is returned, and what can be stored
+    multipliers = feasible_multipliers(problem, candidate).multipliers.to(problem.inputs)
+    certificate = certify(problem, weight, multipliers)
+    status = judge(certificate, tol, answer.otherwise)
+    if status is Status.NOT_FEASIBLE and _beyond_reach(problem):
+        status = Status.INFEASIBLE
+    stats = SolveStats(
+        solver=f"auto: {chosen!r}, which takes every form at every size" if solver == "auto" else repr(chosen),
+        seconds=time.monotonic() - began,
+        iterations=answer.iterations,
+        dtype=str(answer.dtype).removeprefix("torch."),
+        device=str(problem.inputs.device),
+        damping=answer.damping,
+        note=" ".join(filter(None, (answer.note, certificate.note))),
+    )
+    solution = LayerSolution(weight, multipliers, certificate, status, stats, problem)
+    if status is not Status.SOLVED and on_failure != "return":
+        message = (
+            f"{status.name}: gap {certificate.gap:.2e} (tol {tol:.0e}), violation {certificate.violation:.2e} "
+            f"(allowed {FEASIBLE:.0e}) after {answer.iterations} iterations. {status.remedy}"
+        )
+        if on_failure == "raise":
+            raise SolverError(message, solution)
+        warnings.warn(message, stacklevel=2)
+    return solution
+
+
+def _zero_answer(problem: LayerProblem) -> RawAnswer | None:
+    """Return the zero weight where it is feasible: no norm is smaller."""
+    if problem.lam is not None:
+        return None
+    zero = problem.inputs.new_zeros(problem.n_outputs, problem.n_inputs)
+    if measure_fit(problem, zero).violation > 0:
+        return None
+    note = "The zero weight is feasible, so it is the answer: the radius is at least the norm of the active targets."
+    gamma = problem.targets.new_zeros(problem.targets.shape)
+    return RawAnswer(zero, gamma, 0, Status.MAX_ITER, problem.inputs.dtype, note=note)
+
+
+def _beyond_reach(problem: LayerProblem) -> bool:
+    """Whether the least-squares residual of a linear layer already exceeds the radius."""
+    if problem.form != "linear" or problem.radius is None:
+        return False
+    x, y = problem.inputs.double(), problem.targets.double()
+    best = torch.linalg.lstsq(x, y, driver="gelsd" if x.device.type == "cpu" else None).solution
+    distance = torch.linalg.vector_norm(x @ best - y, dim=0 if problem.per_neuron else None)
+    return bool((distance > torch.as_tensor(problem.radius) * (1 + FEASIBLE)).any())
+
+
+def solve_layer(
+    inputs: Any,
+    targets: Any,
+    *,
+    epsilon: float | None = None,
+    radius: float | Tensor | None = None,
+    lam: float | None = None,
+    form: str = "ball",
+    ceiling: Any = None,
+    penalty: Any = None,
+    per_neuron: bool = False,
+    solver: str | Solver = "auto",
+    tol: float = 1e-3,
+    max_seconds: float | None = None,
+    on_failure: str = "raise",
+) -> LayerSolution:
+    """Find the weight of smallest ``ℓ1`` norm that reproduces a layer, with the evidence.
+
+    Parameters
+    ----------
+    inputs : Tensor or ndarray (P, N)
+        float32 or float64, one sample a row. Append a column of ones to fit a bias.
+    targets : Tensor or ndarray (P, M)
+        The dense layer's outputs: after the ReLU for ``ball`` and ``halfspace``, raw for ``linear``.
+    epsilon : float > 0
+        Relative radius ``r / ‖Y‖_F``. Exactly one of `epsilon`, `radius`, `lam`.
+    radius : float > 0 or Tensor (M,)
+        Absolute radius, in the units of `targets`.
+    lam : float > 0
+        ``λ`` of the regularised twin ``min Σ c|U| + (λ/2) dist²``.
+    form, ceiling, penalty
+        As in `LayerProblem`.
+    per_neuron : bool
+        One ball per output neuron instead of a joint one; `epsilon` is then relative to each neuron's targets.
+    solver, tol, max_seconds, on_failure
+        As in `solve_problem`.
+
+    Returns
+    -------
+    LayerSolution
+        `weight (M, N)` and `multipliers (P, M)` are of the kind (torch or NumPy) and dtype of `inputs`.
+
+    Raises
+    ------
+    ProblemError, UnsupportedError, UnknownNameError
+        Before any work.
+    SolverError
+        The answer is not certified (`on_failure="raise"`).
+
+    Examples
+    --------
+    >>> import torch, nettrim
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> solution = nettrim.solve_layer(x, torch.tensor([[3.0], [4.0], [0.0]], dtype=torch.float64), epsilon=0.2)
+    >>> solution.status.name, round(float(solution.certificate.objective), 2)
+    ('SOLVED', 5.59)
+    """
+    problem = build_problem(
+        inputs,
+        targets,
+        epsilon=epsilon,
+        radius=radius,
+        lam=lam,
+        form=form,
+        ceiling=ceiling,
+        penalty=penalty,
+        per_neuron=per_neuron,
+    )
+    solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure)
+    return _as_given(solution, inputs)
+
+
+def solve_path(
+    inputs: Any,
+    targets: Any,
+    epsilons: Sequence[float],
+    *,
+    form: str = "ball",
+    ceiling: Any = None,
+    penalty: Any = None,
+    per_neuron: bool = False,
+    solver: str | Solver = "auto",
+    tol: float = 1e-3,
+    max_seconds: float | None = None,
+    on_failure: str = "raise",
+) -> list[LayerSolution]:
+    """Solve for several relative radii, from sparse (largest) to dense, each from the one before.
+
+    Parameters are those of `solve_layer`; `max_seconds` is for each radius. The solutions come back in the order of
+    `epsilons`.
+    """
+    if len(epsilons) == 0:
+        raise ProblemError("epsilons is empty: give at least one relative radius.")
+    order = sorted(range(len(epsilons)), key=lambda i: -check_amount("epsilons", epsilons[i]))
+    found: dict[int, LayerSolution] = {}
+    base = build_problem(
+        inputs, targets, epsilon=1.0, form=form, ceiling=ceiling, penalty=penalty, per_neuron=per_neuron
+    )
+    assert base.radius is not None
+    start: Start | None = None
+    for i in order:
+        problem = replace(base, radius=base.radius * epsilons[i])
+        solution = solve_problem(
+            problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start
+        )
+        if bool(solution.multipliers.any()):
+            start = Start(solution.weight, solution.multipliers)
+        found[i] = _as_given(solution, inputs)
+    return [found[i] for i in range(len(epsilons))]
+
+
+def _as_given(solution: LayerSolution, inputs: Any) -> LayerSolution:
+    """Return the solution with NumPy arrays where the user came with NumPy arrays."""
+    if not isinstance(inputs, np.ndarray):
+        return solution
+    return replace(
+        solution, weight=solution.weight.cpu().numpy(), multipliers=solution.multipliers.cpu().numpy()
+    )
+
+
+__all__ = [
+    "SOLVERS",
+    "Admm",
+    "Clarabel",
+    "Osqp",
+    "Radius",
+    "Scs",
+    "Solver",
+    "Start",
+    "as_float_tensor",
+    "make_solver",
+    "solve_layer",
+    "solve_path",
+    "solve_problem",
+]

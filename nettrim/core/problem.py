@@ -1,0 +1,290 @@
+"""One layer as a convex program: the data, the active set and the amount, checked once and then frozen.
+
+Every form asks that the pre-activation ``Z = X Uᵀ`` stay near a convex set that is described by an *anchor* ``T (P, M)``
+and an *active set* ``Ω``: on ``Ω`` the value ``T`` itself is wanted, off ``Ω`` everything up to ``T`` is welcome.
+
+==========  ======================================  ============================================
+form        off Ω                                   fit
+==========  ======================================  ============================================
+ball        soft: ``(Z − T)₊`` counts               ``‖(Z − T)_Ω‖² + ‖(Z − T)₊,Ωᶜ‖² ≤ r²``
+halfspace   hard: ``Z ≤ T``                         ``‖(Z − T)_Ω‖ ≤ r``
+linear      (everything is active)                  ``‖Z − T‖ ≤ r``
+==========  ======================================  ============================================
+
+``T`` is ``targets`` on ``Ω`` and ``ceiling`` (0 unless given) off it. With ``lam`` instead of ``radius`` the squared fit
+enters the objective with the factor ``lam / 2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nettrim.errors import ProblemError
+
+FORMS = ("ball", "halfspace", "linear")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    r"""Minimise ``Σ c_mn |U_mn|`` over ``weight U (M, N)``, subject to a fit of ``X Uᵀ`` to the targets.
+
+    Parameters
+    ----------
+    inputs : Tensor or ndarray (P, N)
+        ``X``, one sample a row, float32 or float64. A fitted bias is a column of ones among them.
+    targets : Tensor or ndarray (P, M)
+        ``Y``: the outputs of the dense layer, after the ReLU for ``ball`` and ``halfspace``.
+    form : {"ball", "halfspace", "linear"}
+        See the module's table.
+    radius : float or Tensor (M,), optional
+        ``r > 0``, in the units of ``targets``. A vector asks for one ball per output neuron.
+    lam : float, optional
+        ``λ > 0`` of the regularised twin ``min Σ c|U| + (λ/2) dist²``. Exactly one of `radius` and `lam`.
+    ceiling : Tensor or ndarray (P, M), optional
+        ``V``, the right-hand side off ``Ω``; 0 when absent. Net-Trim's cascade sets it.
+    penalty : float, Tensor or ndarray (N,) or (M, N), optional
+        ``c ≥ 0``; 1 when absent, 0 for a free bias column.
+    active : bool Tensor or ndarray (P, M), optional
+        ``Ω``. ``targets > 0`` when absent (everything for ``linear``); give it where the targets were shifted,
+        by a frozen bias for example.
+
+    Raises
+    ------
+    ProblemError
+        NaN or infinity, no rows, rows or shapes that do not match, a dtype that is no float32 or float64, none or
+        two of the amounts, an amount ≤ 0, negative targets of a ReLU form, a ceiling for ``linear``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    form: str = "ball"
+    radius: float | Tensor | None = None
+    lam: float | None = None
+    ceiling: Tensor | None = None
+    penalty: Tensor | None = None
+    active: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything once; what passes here needs no check later."""
+        if self.form not in FORMS:
+            raise ProblemError(f"form={self.form!r} is unknown: use one of {', '.join(FORMS)}.")
+        inputs, targets = check_pair(self.inputs, self.targets)
+        self._set(inputs=inputs, targets=targets)
+        if self.form == "linear" and self.ceiling is not None:
+            raise ProblemError("form='linear' has no inactive samples: leave ceiling out.")
+        if self.ceiling is not None:
+            self._set(ceiling=self._matching("ceiling", self.ceiling))
+        self._set_active()
+        self._set_penalty()
+        if (self.radius is None) == (self.lam is None):
+            raise ProblemError(
+                f"give exactly one of radius and lam: radius={self.radius!r}, lam={self.lam!r} were given."
+            )
+        if self.lam is not None:
+            self._set(lam=check_amount("lam", self.lam))
+        else:
+            self._set_radius()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _matching(self, name: str, value: Any) -> Tensor:
+        tensor = as_float_tensor(name, value)
+        if tensor.shape != self.targets.shape:
+            raise ProblemError(
+                f"{name} has shape {tuple(tensor.shape)}, targets has {tuple(self.targets.shape)}: they must match."
+            )
+        return tensor.to(self.targets)
+
+    def _set_active(self) -> None:
+        if self.active is not None:
+            active = torch.as_tensor(self.active)
+            if active.dtype != torch.bool or active.shape != self.targets.shape:
+                raise ProblemError(
+                    f"active has dtype {active.dtype} and shape {tuple(active.shape)}: it must be bool and "
+                    f"{tuple(self.targets.shape)}, like targets."
+                )
+            if self.form == "linear" and not bool(active.all()):
+                raise ProblemError("form='linear' has no inactive samples: leave active out, or use form='ball'.")
+            self._set(active=active.to(self.targets.device))
+        elif self.form == "linear":
+            # an expanded scalar: no memory is spent on a mask that says nothing
+            everything = torch.ones((), dtype=torch.bool, device=self.targets.device)
+            self._set(active=everything.expand(self.targets.shape))
+        else:
+            if bool((self.targets < 0).any()):
+                raise ProblemError(
+                    f"targets has negative entries (minimum {float(self.targets.min()):.3g}), which no ReLU gives: "
+                    "pass targets.clamp(min=0), or form='linear' for a layer without ReLU."
+                )
+            self._set(active=self.targets > 0)
+
+    def _set_penalty(self) -> None:
+        shape = (self.n_outputs, self.n_inputs)
+        if self.penalty is None:
+            penalty = torch.ones((), dtype=torch.float64)
+        else:
+            penalty = torch.as_tensor(self.penalty, dtype=torch.float64)
+            if not bool(torch.isfinite(penalty).all()) or bool((penalty < 0).any()):
+                raise ProblemError("penalty has negative or non-finite entries: weights of the norm are ≥ 0.")
+            if penalty.shape not in (torch.Size([]), torch.Size([shape[1]]), torch.Size(shape)):
+                raise ProblemError(
+                    f"penalty has shape {tuple(penalty.shape)}: it must be a number, ({shape[1]},) or {shape}."
+                )
+        self._set(penalty=penalty.to(self.inputs.device).expand(shape))
+
+    def _set_radius(self) -> None:
+        if isinstance(self.radius, Tensor) and self.radius.dim() == 1:
+            radius = self.radius.to(device=self.inputs.device, dtype=torch.float64)
+            if radius.shape[0] != self.n_outputs:
+                raise ProblemError(
+                    f"radius has {radius.shape[0]} entries for {self.n_outputs} output neurons: give one each, or a number."
+                )
+            # a dead neuron's own ball has radius 0, and its zero column lies in it
+            if not bool(torch.isfinite(radius).all()) or bool((radius < 0).any()) or not bool((radius > 0).any()):
+                raise ProblemError("radius has negative or non-finite entries, or no positive one.")
+            self._set(radius=radius)
+        else:
+            self._set(radius=check_amount("radius", self.radius))
+
+    @property
+    def samples(self) -> int:
+        """``P``."""
+        return self.inputs.shape[0]
+
+    @property
+    def n_inputs(self) -> int:
+        """``N``."""
+        return self.inputs.shape[1]
+
+    @property
+    def n_outputs(self) -> int:
+        """``M``."""
+        return self.targets.shape[1]
+
+    @property
+    def per_neuron(self) -> bool:
+        """Whether each output neuron has a ball of its own."""
+        return isinstance(self.radius, Tensor)
+
+    @property
+    def anchor(self) -> Tensor:
+        """``T (P, M)``: the targets on the active set, the ceiling off it."""
+        if self.form == "linear":
+            return self.targets
+        off = torch.zeros((), dtype=self.targets.dtype, device=self.targets.device)
+        return torch.where(self._mask, self.targets, off if self.ceiling is None else self.ceiling)
+
+    @property
+    def _mask(self) -> Tensor:
+        assert self.active is not None
+        return self.active
+
+    def residual(self, outputs: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Return ``R (P, M)``: what of ``Z`` counts against the fit (and, for ``halfspace``, breaks the ceiling)."""
+        difference = outputs - (self.anchor if anchor is None else anchor)
+        if self.form == "linear":
+            return difference
+        return torch.where(self._mask, difference, difference.clamp(min=0))
+
+    def tightened(self, margin: float) -> LayerProblem:
+        """Return the same problem with the radius shrunk by the fraction `margin`, so that what nearly fits, fits."""
+        return self if self.radius is None else replace(self, radius=self.radius * (1 - margin))
+
+
+def check_pair(inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Return `inputs` and `targets` as tensors of one floating dtype and device, or say what is wrong with them."""
+    x, y = as_float_tensor("inputs", inputs), as_float_tensor("targets", targets)
+    for name, tensor, axes in (("inputs", x, "(P, N)"), ("targets", y, "(P, M)")):
+        if tensor.dim() != 2:
+            raise ProblemError(f"{name} has shape {tuple(tensor.shape)}: it must be {axes}.")
+        if 0 in tensor.shape:
+            raise ProblemError(f"{name} has shape {tuple(tensor.shape)}, an empty batch: at least one row and column.")
+    if x.shape[0] != y.shape[0]:
+        raise ProblemError(
+            f"inputs has {x.shape[0]} rows, targets has {y.shape[0]}: one row per sample in both "
+            f"(shapes {tuple(x.shape)} and {tuple(y.shape)})."
+        )
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ProblemError(
+            f"inputs is {x.dtype} on {x.device}, targets is {y.dtype} on {y.device}: convert one to match the other."
+        )
+    return x, y
+
+
+def as_float_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` as a float32 or float64 tensor without NaN or infinity, or say what is wrong with it."""
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{name} is a {type(value).__name__}: pass a torch tensor or a NumPy array.") from error
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ProblemError(f"{name} is {tensor.dtype}: convert it to float32 or float64, with .float() for example.")
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        raise ProblemError(
+            f"{name} holds {bad.shape[0]} NaN or infinite entries, the first at {tuple(bad[0].tolist())}: remove those samples."
+        )
+    return tensor
+
+
+def check_amount(name: str, value: Any) -> float:
+    """Return `value` as a positive finite float, or say what is wrong with it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(f"{name}={value!r} is no number: give a positive one.") from error
+    if not (number > 0 and number < float("inf")):
+        raise ProblemError(f"{name}={number:g} is out of range: give a positive, finite number.")
+    return number
+
+
+def build_problem(
+    inputs: Any,
+    targets: Any,
+    *,
+    epsilon: float | None = None,
+    radius: float | Tensor | None = None,
+    lam: float | None = None,
+    form: str = "ball",
+    ceiling: Any = None,
+    penalty: Any = None,
+    active: Any = None,
+    per_neuron: bool = False,
+) -> LayerProblem:
+    """Make a problem from exactly one of `epsilon`, `radius` and `lam`.
+
+    ``epsilon`` is relative: ``r = epsilon · ‖Y‖_F`` (the published scripts' convention), for each neuron's own column
+    with `per_neuron`. ``epsilon ≥ 1`` is allowed: the zero weight then solves the problem.
+
+    Raises
+    ------
+    ProblemError
+        As `LayerProblem`, and where not exactly one amount is given.
+    """
+    given = {k: v for k, v in {"epsilon": epsilon, "radius": radius, "lam": lam}.items() if v is not None}
+    if len(given) != 1:
+        found = "none was given" if not given else " and ".join(f"{k}={v}" for k, v in given.items()) + " were given"
+        raise ProblemError(f"give exactly one of epsilon, radius and lam: {found}.")
+    if per_neuron and lam is not None:
+        raise ProblemError("per_neuron=True needs epsilon or radius: with lam the neurons are independent already.")
+    if epsilon is not None:
+        epsilon = check_amount("epsilon", epsilon)
+        _, y = check_pair(inputs, targets)
+        if per_neuron:
+            radius = epsilon * torch.linalg.vector_norm(y.double(), dim=0)
+        else:
+            radius = epsilon * float(torch.linalg.vector_norm(y.double()))
+        if float(torch.as_tensor(radius).max()) == 0:
+            # all targets are zero (only dead neurons): any radius gives the zero weight
+            radius = torch.finfo(torch.float64).tiny ** 0.5
+    elif per_neuron and not isinstance(radius, Tensor):
+        y = as_float_tensor("targets", targets)
+        radius = torch.full((y.shape[-1],), check_amount("radius", radius), dtype=torch.float64)
+    return LayerProblem(inputs, targets, form, radius, lam, ceiling, penalty, active)

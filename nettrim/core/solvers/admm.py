@@ -1,0 +1,357 @@
+"""ADMM, the method of the Net-Trim papers, in a form that reaches a certified gap.
+
+The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is sparse, and one factorisation of ``a XᵀX + b I`` serves
+every iteration. What differs from them, and why:
+
+* inputs, targets and penalty are scaled first, so that the same settings serve any units;
+* the two penalties ``a`` (fit) and ``b`` (sparsity) are separate. ``a`` is a fraction of the ball's own multiplier
+  ``λ = ‖Γ‖/r``, which is estimated on the way: less of it where the bound lags, more where feasibility does. ``b`` is
+  balanced by its residuals [Boyd et al. 2011, §3.4.1];
+* over-relaxation by 1.8 [Boyd et al. 2011, §3.4.3];
+* it aims at a radius a hair smaller, so that the sparse iterate itself becomes feasible and is returned as it is;
+* it stops on the certificate (evaluated in the working dtype), on `max_iter` or on the clock, and on nothing else.
+
+An iteration costs one GEMM pair, ``2 N² M`` flops more, and seven passes over ``(P, M)`` arrays, of which six are held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nettrim.core.certificate import feasible_multipliers, measure_fit
+from nettrim.core.linalg import RidgeInverse
+from nettrim.core.problem import LayerProblem
+from nettrim.core.prox import ball_step, quadratic_step, soft_threshold
+from nettrim.core.solution import FEASIBLE, Status
+from nettrim.core.solvers.base import Limits, RawAnswer, Start
+from nettrim.errors import ProblemError
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Admm:
+    """ADMM on the layer program: all forms, joint or per-neuron balls, CPU or CUDA (where the tensors are).
+
+    Parameters
+    ----------
+    max_iter : int
+        Iterations at the most.
+    relaxation : float in [1, 2)
+        Over-relaxation.
+    ratio : float > 0
+        The first penalty of the fit, as a fraction of ``λ``.
+    dtype : {"auto", "float32", "float64"}
+        What the iterations run in. "auto" takes float32 for large problems whose radius and tolerance it resolves.
+    check_every : int
+        Iterations between two evaluations of the certificate, each about one GEMM pair.
+    """
+
+    max_iter: int = 5000
+    relaxation: float = 1.8
+    ratio: float = 0.2
+    dtype: str = "auto"
+    check_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no iteration."""
+        if self.max_iter < 1 or self.check_every < 1:
+            raise ProblemError(
+                f"Admm needs max_iter ≥ 1 and check_every ≥ 1: {self.max_iter} and {self.check_every} were given."
+            )
+        if not 1 <= self.relaxation < 2 or not self.ratio > 0:
+            raise ProblemError(
+                f"Admm needs relaxation in [1, 2) and ratio > 0: {self.relaxation} and {self.ratio} were given."
+            )
+        if self.dtype != "auto" and self.dtype not in _DTYPES:
+            raise ProblemError(f"Admm's dtype={self.dtype!r} is unknown: use auto, float32 or float64.")
+
+    def refuses(self, problem: LayerProblem) -> str | None:
+        """Take every problem."""
+        return None
+
+    def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
+        """Iterate until the certificate holds, or the iterations or the clock run out."""
+        scaled = _Scaled(problem, self._working_dtype(problem, limits.tol))
+        iterate = _Iterate(scaled, self, margin=0.2 * limits.tol)
+        iterate.begin(start)
+        best = _Best(scaled.problem)
+        otherwise = Status.MAX_ITER
+        balance_at, steps = 10, 0
+        for steps in range(1, self.max_iter + 1):
+            iterate.advance()
+            due = False
+            if steps % self.check_every == 0 or steps == self.max_iter:
+                best.consider(iterate.sparse, -iterate.step)
+                if best.gap <= 0.9 * limits.tol:
+                    break
+                if limits.out_of_time():
+                    otherwise = Status.TIME_LIMIT
+                    break
+                # later changes are rarer, so that the iteration settles
+                if steps <= 20 * self.check_every or steps % (10 * self.check_every) == 0:
+                    due = iterate.adapt_ratio(best, limits.tol)
+            if steps == balance_at:
+                balance_at *= 2
+                iterate.balance_sparsity()
+                due = True
+            if due:
+                iterate.refactor()
+        weight, multipliers = scaled.back(best.weight, best.multipliers)
+        return RawAnswer(
+            weight, multipliers, steps, otherwise, scaled.problem.inputs.dtype, iterate.inverse.damping
+        )
+
+    def _working_dtype(self, problem: LayerProblem, tol: float) -> torch.dtype:
+        if self.dtype != "auto":
+            return _DTYPES[self.dtype]
+        large = problem.samples * problem.n_inputs * problem.n_outputs >= 2e7
+        # a hard ceiling is met to 1e-6 of the largest target, and a tiny radius to 1e-6 of itself: float32 has 1e-7 in all
+        coarse = tol >= 1e-4 and problem.form != "halfspace" and _relative_radius(problem) >= 1e-2
+        return torch.float32 if large and coarse else torch.float64
+
+
+def _relative_radius(problem: LayerProblem) -> float:
+    if problem.radius is None:
+        return 1.0
+    size = float(torch.linalg.vector_norm(problem.targets.double()))
+    radius = torch.as_tensor(problem.radius, dtype=torch.float64)
+    return float(torch.linalg.vector_norm(radius)) / size if size > 0 else 1.0
+
+
+class _Scaled:
+    """The problem in units where targets and columns have size one; ``objective' = (k/s_y) · objective``.
+
+    Columns are divided by ``d_n``, which leaves them the square root of their relative size (full equalisation was measured
+    worse on image inputs, none at all worse on hidden layers) and takes outliers wholly.
+    """
+
+    def __init__(self, problem: LayerProblem, dtype: torch.dtype) -> None:
+        norms = torch.linalg.vector_norm(problem.inputs.double(), dim=0)
+        alive = norms[norms > 0]
+        typical = alive.median() if alive.numel() else norms.new_ones(())
+        relative = torch.where(norms > 0, norms / typical, 1.0)
+        self.columns = typical * relative / relative.sqrt().clamp(0.03, 30.0)
+        anchor_size = float(torch.linalg.vector_norm(problem.anchor.double())) / problem.targets.numel() ** 0.5
+        self.size = anchor_size if anchor_size > 0 else 1.0
+        self.k = float(typical)
+        assert problem.penalty is not None
+        penalty = problem.penalty * (self.k / self.columns)
+        self.original = problem
+        self.problem = LayerProblem(
+            inputs=(problem.inputs / self.columns.to(problem.inputs.dtype)).to(dtype),
+            targets=(problem.targets / self.size).to(dtype),
+            form=problem.form,
+            radius=None if problem.radius is None else problem.radius / self.size,
+            lam=None if problem.lam is None else problem.lam * self.k * self.size,
+            ceiling=None if problem.ceiling is None else (problem.ceiling / self.size).to(dtype),
+            penalty=penalty,
+            active=problem.active,
+        )
+
+    def back(self, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(N, M)`` weights and ``(P, M)`` multipliers in the original units, the weight as ``(M, N)``."""
+        u = weight.double() * (self.size / self.columns)[:, None]
+        return u.T.contiguous(), multipliers / self.k
+
+    def into(self, start: Start) -> tuple[Tensor, Tensor]:
+        """Return a start in the scaled units, the weight as ``(N, M)``."""
+        x = self.problem.inputs
+        u = start.weight.to(self.columns).T * (self.columns / self.size)[:, None]
+        return u.to(x), (start.multipliers * self.k).to(x)
+
+
+class _Iterate:
+    """The variables of the iteration, in the scaled problem: ``U`` and ``W₂`` are ``(N, M)``, the rest ``(P, M)``."""
+
+    def __init__(self, scaled: _Scaled, settings: Admm, margin: float) -> None:
+        self.scaled, self.problem, self.settings = scaled, scaled.problem, settings
+        p = self.problem
+        self.target = p.tightened(margin)
+        self.anchor = p.anchor
+        self.penalty = p.penalty.T.to(p.inputs.dtype)  # type: ignore[union-attr]
+        # R = max(Z − T, floor): −∞ on the active set, 0 off it
+        assert p.active is not None
+        self.floor = None
+        if p.form != "linear":
+            zero = torch.zeros((), dtype=p.inputs.dtype, device=p.inputs.device)
+            self.floor = torch.where(p.active, zero - torch.inf, zero)
+        self.ratio = settings.ratio
+        self.inverse = RidgeInverse(p.inputs)
+        self.a = self.b = 1.0
+        self.constant_column = _constant_column(p) if p.form == "halfspace" else None
+
+    def begin(self, start: Start | None) -> None:
+        """Set the variables: to zero, or so that `start` is a fixed point where it is optimal."""
+        p = self.problem
+        new = p.inputs.new_zeros
+        self.u, self.u_dual = new(p.n_inputs, p.n_outputs), new(p.n_inputs, p.n_outputs)
+        self.z, self.z_dual = new(p.samples, p.n_outputs), new(p.samples, p.n_outputs)
+        self.w2, self.step = self.u, self.z
+        self.u_before = self.u
+        gamma = None
+        if start is not None:
+            self.u, gamma = self.scaled.into(start)
+            self.z = p.inputs @ self.u
+        lam = self._first_lam() if gamma is None else self._lam(gamma) or self._first_lam()
+        self.a = self.ratio * lam
+        self.b = 0.3 * self.a * self.inverse.mean_diagonal
+        if gamma is not None:
+            self.z_dual = gamma / self.a
+            self.u_dual = -(p.inputs.T @ gamma) / self.b
+        self.inverse.update(self.a, self.b)
+
+    def advance(self) -> None:
+        """Make one iteration."""
+        p, alpha = self.problem, self.settings.relaxation
+        self.u_before = self.u
+        step = (self.z - self.z_dual).sub_(self.anchor)
+        if self.floor is not None:
+            step = torch.maximum(step, self.floor, out=step)
+        self.step = step = self._fit_step(step)
+        # T₁ = α W₁ + (1 − α) Z + D₁ with W₁ = (Z − D₁) − step
+        self.z.add_(self.z_dual, alpha=1 - alpha).sub_(step, alpha=alpha)
+        self.w2 = soft_threshold(self.u - self.u_dual, self.penalty / self.b)
+        t2 = alpha * self.w2 + (1 - alpha) * self.u + self.u_dual
+        self.u = self.inverse.apply(self.a * (p.inputs.T @ self.z) + self.b * t2)
+        z = p.inputs @ self.u
+        self.z_dual = self.z.sub_(z)
+        self.u_dual = t2.sub_(self.u)
+        self.z = z
+
+    def _fit_step(self, residual: Tensor) -> Tensor:
+        """Return ``A − W₁`` from the residual ``R`` of ``A``; off the active set a halfspace is projected on, hard."""
+        p = self.target
+        soft = residual
+        if p.form == "halfspace":
+            assert p.active is not None
+            soft = torch.where(p.active, residual, 0.0)
+        if p.lam is not None:
+            step = quadratic_step(soft, p.lam, self.a)
+        else:
+            assert p.radius is not None
+            radius = p.radius.to(soft.dtype) if isinstance(p.radius, Tensor) else p.radius
+            step = ball_step(soft, radius, p.per_neuron)
+        if p.form == "halfspace":
+            assert p.active is not None
+            step = torch.where(p.active, step, residual)
+        return step
+
+    @property
+    def sparse(self) -> Tensor:
+        """The sparse copy ``W₂ (N, M)``; for a hard ceiling, with its constant column lowered by what is missing."""
+        p = self.problem
+        if self.constant_column is None:
+            return self.w2
+        assert p.active is not None
+        excess = torch.where(p.active, 0.0, p.inputs @ self.w2 - self.anchor).clamp(min=0).amax(0)
+        repaired = self.w2.clone()
+        repaired[self.constant_column] -= excess / p.inputs[0, self.constant_column]
+        return repaired
+
+    def adapt_ratio(self, best: _Best, tol: float) -> bool:
+        """Move the fit's penalty towards what lags, the bound or the feasibility; say whether anything changed."""
+        before = self.a
+        if self.problem.lam is None:
+            if best.last_violation <= 0 and best.last_gap > tol:
+                self.ratio = max(0.02, self.ratio / 1.5)
+            elif best.last_violation > 0.5 * abs(best.last_gap):
+                self.ratio = min(1.0, self.ratio * 1.5)
+            self._set_a()
+        return self.a != before
+
+    def balance_sparsity(self) -> None:
+        """Balance ``b`` by its primal and dual residual, and follow ``λ`` with ``a``."""
+        primal = float(torch.linalg.vector_norm(self.w2 - self.u))
+        dual = float(torch.linalg.vector_norm(self.u - self.u_before))
+        if primal > 0 and dual > 0:
+            factor = min(5.0, max(0.2, (primal / dual) ** 0.5))
+            self.b *= factor
+            self.u_dual /= factor
+        if self.problem.lam is None:
+            self._set_a()
+
+    def refactor(self) -> None:
+        """Factorise for the present ``a`` and ``b``."""
+        self.inverse.update(self.a, self.b)
+
+    def _set_a(self) -> None:
+        lam = self._lam(self.step * self.a)
+        if lam > 0:
+            wanted = min(max(self.ratio * lam, self.a / 5), self.a * 5)
+            self.z_dual *= self.a / wanted
+            self.a = wanted
+
+    def _lam(self, gamma: Tensor) -> float:
+        """``‖Γ‖/r``, the multiplier of the squared distance; the median over the neurons where each has its own ball."""
+        p = self.target
+        if p.lam is not None:
+            return p.lam
+        if p.form == "halfspace":
+            assert p.active is not None
+            gamma = torch.where(p.active, gamma, 0.0)
+        if isinstance(p.radius, Tensor):
+            norms = torch.linalg.vector_norm(gamma.double(), dim=0)
+            used = (norms > 0) & (p.radius > 0)
+            return float((norms / p.radius)[used].median()) if bool(used.any()) else 0.0
+        assert p.radius is not None
+        return float(torch.linalg.vector_norm(gamma)) / p.radius
+
+    def _first_lam(self) -> float:
+        """Guess ``λ``: where the median neuron leaves zero, over ``epsilon²`` (measured: ``λ ∝ epsilon⁻²`` nearly)."""
+        p = self.problem
+        if p.lam is not None:
+            return p.lam
+        pull = (p.inputs.T @ self.anchor).abs()
+        leaves = torch.where((pull > 0) & (self.penalty > 0), self.penalty / pull, torch.inf).amin(0)
+        finite = leaves[torch.isfinite(leaves)]
+        epsilon = min(1.0, max(1e-4, _relative_radius(p)))
+        return float(finite.median()) / epsilon**2 if finite.numel() else 1.0
+
+
+class _Best:
+    """The best feasible weight and the best bound seen, which need not come from one iteration."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self.problem = problem
+        self.objective, self.bound = float("inf"), -float("inf")
+        self.violation = float("inf")
+        self.weight = self.multipliers = problem.inputs.new_empty(0)
+        self.last_gap = self.last_violation = float("inf")
+
+    def consider(self, weight: Tensor, multipliers: Tensor) -> None:
+        """Evaluate an iterate's ``(N, M)`` weight and ``(P, M)`` multipliers, and keep what is better."""
+        p, dtype = self.problem, self.problem.inputs.dtype
+        fit = measure_fit(p, weight.T, dtype)
+        dual = feasible_multipliers(p, multipliers, dtype)
+        objective = float((p.penalty.T * weight.double().abs()).sum())  # type: ignore[union-attr]
+        if p.lam is not None:
+            objective += 0.5 * p.lam * fit.distance**2
+        if dual.bound > self.bound:
+            self.bound, self.multipliers = dual.bound, dual.multipliers
+        # a feasible weight beats every infeasible one; among the infeasible the nearest is kept
+        allowed = 0.5 * FEASIBLE if p.form == "halfspace" else 0.0
+        violation = fit.violation if fit.violation > allowed else 0.0
+        if (violation, objective) < (self.violation, self.objective):
+            self.violation, self.objective, self.weight = violation, objective, weight.clone()
+        self.last_violation = violation
+        self.last_gap = _relative(objective - self.bound, objective)
+
+    @property
+    def gap(self) -> float:
+        """Relative gap of the best pair, infinite while nothing is feasible."""
+        return float("inf") if self.violation > 0 else _relative(self.objective - self.bound, self.objective)
+
+
+def _relative(difference: float, objective: float) -> float:
+    return difference / objective if objective > 0 else (0.0 if difference <= 0 else float("inf"))
+
+
+def _constant_column(problem: LayerProblem) -> int | None:
+    """The index of a column that is constant and positive, such as a bias column, or None."""
+    x = problem.inputs
+    constant = ((x == x[0]).all(0) & (x[0] > 0)).nonzero().flatten()
+    return int(constant[-1]) if constant.numel() else None

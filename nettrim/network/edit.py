@@ -1,0 +1,221 @@
+"""The one place that touches a user's module, so that reading it shows that the dense model is never changed.
+
+Copies to prune and to measure on, a temporary evaluation mode, reading and writing the weights of one layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in evaluation mode for the length of a `with`, then give every module its own flag back.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Dropout and the like are switched off inside the block.
+
+    Yields
+    ------
+    nn.Module
+        The same model.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        # not model.train(): parts of a network may be meant to stay in evaluation mode
+        for module, training in flags:
+            module.training = training
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a model, in evaluation mode and without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+
+    Returns
+    -------
+    nn.Module
+        A deep copy that shares no tensor with `model`; `requires_grad` is False everywhere.
+
+    Raises
+    ------
+    UnsupportedError
+        The model holds something that cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"model ({type(model).__name__}) cannot be copied ({first_line(error)}); "
+            "detach tensors that it keeps from earlier runs and remove what copy.deepcopy cannot copy"
+        ) from error
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin.requires_grad_(False).eval()
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """Copy a model in double precision, to measure what rounding would hide.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+
+    Returns
+    -------
+    nn.Module
+        As `frozen_copy`, with every floating parameter and buffer in float64.
+
+    Raises
+    ------
+    UnsupportedError
+        The model holds something that cannot be copied.
+    """
+    return frozen_copy(model).double()
+
+
+def find_linear(model: nn.Module, name: str) -> nn.Linear:
+    """Look up a Linear layer by its qualified name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that holds the layer.
+    name : str
+        As `model.named_modules()` gives it, for instance ``"body.0"``.
+
+    Returns
+    -------
+    nn.Linear
+        The layer itself, not a copy.
+
+    Raises
+    ------
+    UnknownNameError
+        The model has no Linear layer of that name.
+    """
+    linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if name not in linears:
+        raise UnknownNameError(
+            f"the model has no Linear layer {name!r}; its Linear layers are {', '.join(map(repr, linears))}"
+            if linears
+            else f"the model has no Linear layer {name!r}, nor any other"
+        )
+    return linears[name]
+
+
+def layer_arrays(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Read the weight and the bias of a Linear layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that holds the layer.
+    name : str
+        The layer's qualified name.
+
+    Returns
+    -------
+    weight : Tensor, shape (M, N)
+        A detached clone.
+    bias : Tensor, shape (M,), or None
+        A detached clone; None for a layer without bias.
+
+    Raises
+    ------
+    UnknownNameError
+        The model has no Linear layer of that name.
+    """
+    layer = find_linear(model, name)
+    # torch types the bias of every Linear as a Tensor, also where bias=False left None there
+    bias: Tensor | None = layer.bias
+    return layer.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def write_layer(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write the weight, and if given the bias, of a Linear layer into a model, in place.
+
+    Nothing is written unless everything can be. Exact zeros stay exact zeros in every dtype.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place: pass a copy.
+    name : str
+        The layer's qualified name.
+    weight : Tensor, shape (M, N)
+        Finite; cast to the dtype and device of the layer's weight.
+    bias : Tensor, shape (M,), optional
+        Finite; None leaves the layer's bias as it is.
+
+    Raises
+    ------
+    UnknownNameError
+        The model has no Linear layer of that name.
+    ProblemError
+        A shape does not fit, an entry is not finite in the layer's dtype, or a bias is given for a layer
+        without one.
+    """
+    layer = find_linear(model, name)
+    present: Tensor | None = layer.bias
+    new_weight = _fitted(weight, layer.weight, f"weight for layer {name!r}")
+    new_bias = None
+    if bias is not None:
+        if present is None:
+            raise ProblemError(f"bias is given for layer {name!r}, which has none; leave bias out")
+        new_bias = _fitted(bias, present, f"bias for layer {name!r}")
+    with torch.no_grad():
+        layer.weight.copy_(new_weight)
+        if present is not None and new_bias is not None:
+            present.copy_(new_bias)
+
+
+def _fitted(value: Tensor, like: Tensor, what: str) -> Tensor:
+    """Cast `value` to the kind of `like`, or refuse it."""
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{what} is a {type(value).__name__}; pass a torch.Tensor")
+    if value.shape != like.shape:
+        raise ProblemError(
+            f"{what} has shape {tuple(value.shape)} where the layer holds {tuple(like.shape)}; "
+            "pass the layout (out_features, in_features) of nn.Linear, and (out_features,) for a bias"
+        )
+    cast = value.detach().to(device=like.device, dtype=like.dtype)
+    # counted after the cast: a value may be finite in float64 and overflow in the layer's dtype
+    bad = int((~torch.isfinite(cast)).sum())
+    if bad:
+        raise ProblemError(
+            f"{what} has {bad} NaN or infinite entries in {like.dtype}; write finite values within its range"
+        )
+    return cast
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten another library's message to its first line, to quote it in a sentence.
+
+    Parameters
+    ----------
+    error : BaseException
+        What the other library raised.
+
+    Returns
+    -------
+    str
+        The line, or the name of the error's class if it says nothing.
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
