@@ -140,9 +140,7 @@ def download_mnist(directory: str | Path) -> None:
             for name in fetched:
                 (Path(partial) / name).replace(directory / name)
     except OSError as error:
-        raise DataError(
-            f"MNIST cannot be written to {directory} ({error}); choose another directory"
-        ) from error
+        raise DataError(f"MNIST cannot be written to {directory} ({error}); choose another directory") from error
 
 
 def _fetch(name: str, sha256: str) -> bytes:
@@ -153,9 +151,7 @@ def _fetch(name: str, sha256: str) -> bytes:
         try:
             with urlopen(mirror + name, timeout=30) as response:
                 length = int(response.headers.get("Content-Length") or 0)
-                with tqdm(
-                    desc=name, total=length, unit="B", unit_scale=True, leave=False, disable=None
-                ) as bar:
+                with tqdm(desc=name, total=length, unit="B", unit_scale=True, leave=False, disable=None) as bar:
                     while piece := response.read(1 << 16):
                         content += piece
                         bar.update(len(piece))
@@ -206,8 +202,7 @@ def _mnist(directory: Path, download: bool) -> Data:
         pixels, classes = _idx(image_file, 2051, (28, 28)), _idx(label_file, 2049, ())
         if len(pixels) != len(classes):
             raise DataError(
-                f"{image_file} holds {len(pixels)} images and {label_file} {len(classes)} labels; "
-                "fetch both again"
+                f"{image_file} holds {len(pixels)} images and {label_file} {len(classes)} labels; fetch both again"
             )
         splits.append(_image_split(name, pixels[:, None], classes, label_file))
     return Data("mnist", splits[0], splits[1])
@@ -231,14 +226,10 @@ def _idx(path: Path, magic: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8
     if not fields or fields[0] != magic:
         raise DataError(f"{path} does not start with {magic}, so it is another kind of file; fetch it again")
     if len(fields) < 2 + len(shape) or tuple(fields[2:]) != shape or fields[1] < 1:
-        raise DataError(
-            f"{path} announces sizes {fields[1:]} where (n, 28, 28) or (n,) is due; fetch it again"
-        )
+        raise DataError(f"{path} announces sizes {fields[1:]} where (n, 28, 28) or (n,) is due; fetch it again")
     expected = header + fields[1] * int(np.prod(shape))
     if len(content) != expected:
-        raise DataError(
-            f"{path} has {len(content)} bytes where its header announces {expected}; fetch it again"
-        )
+        raise DataError(f"{path} has {len(content)} bytes where its header announces {expected}; fetch it again")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(fields[1:])
 
 
@@ -262,20 +253,14 @@ def _cifar10(directory: Path) -> Data:
 def _cifar_split(name: str, path: Path) -> Split:
     content = _read(path)
     if not content or len(content) % _CIFAR_RECORD:
-        raise DataError(
-            f"{path} has {len(content)} bytes, not whole records of {_CIFAR_RECORD}; fetch it again"
-        )
+        raise DataError(f"{path} has {len(content)} bytes, not whole records of {_CIFAR_RECORD}; fetch it again")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
     return _image_split(name, records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], path)
 
 
-def _image_split(
-    name: str, pixels: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8], label_file: Path
-) -> Split:
+def _image_split(name: str, pixels: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8], label_file: Path) -> Split:
     if classes.max() > 9:
-        raise DataError(
-            f"{label_file} has a label {classes.max()} where 0 ... 9 are due; fetch the file again"
-        )
+        raise DataError(f"{label_file} has a label {classes.max()} where 0 ... 9 are due; fetch the file again")
     inputs = torch.from_numpy(pixels.astype(np.float32)).div_(255)
     return Split(name, inputs, torch.from_numpy(classes.astype(np.int64)))
 
@@ -309,9 +294,7 @@ def _npz(path: Path) -> Data:
             "rename its arrays"
         )
     if "test_labels" in arrays and "test_inputs" not in arrays:
-        raise DataError(
-            f"{path} holds test_labels without test_inputs; add the inputs or leave the labels out"
-        )
+        raise DataError(f"{path} holds test_labels without test_inputs; add the inputs or leave the labels out")
     train = _npz_split("train", path, arrays["inputs"], arrays.get("labels"), "")
     if "test_inputs" not in arrays:
         return Data(path.name, train, None)

@@ -1,0 +1,1 @@
+"""One layer as a convex program: tensors in, evidence out."""

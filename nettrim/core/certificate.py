@@ -141,9 +141,7 @@ class DualPoint:
     note: str
 
 
-def feasible_multipliers(
-    problem: LayerProblem, candidate: Tensor, dtype: torch.dtype = torch.float64
-) -> DualPoint:
+def feasible_multipliers(problem: LayerProblem, candidate: Tensor, dtype: torch.dtype = torch.float64) -> DualPoint:
     """Turn any ``Γ (P, M)`` into a feasible one: clip signs, centre free columns, scale each neuron as well as can be.
 
     A solver may ask for float32 to learn when to stop; a verdict is float64.
@@ -174,9 +172,7 @@ def feasible_multipliers(
         value -= problem.radius * float(norm.sqrt())
     note = ""
     if dropped:
-        note = (
-            f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: their free columns could not be centred."
-        )
+        note = f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: their free columns could not be centred."
     return DualPoint(gamma * scale, value, note)
 
 

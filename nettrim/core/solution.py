@@ -24,9 +24,7 @@ class Status(Enum):
         "which may be below the smallest distance that any weight reaches."
     )
     INFEASIBLE = "No weight reaches this radius: raise epsilon or the radius above the least-squares residual."
-    BACKEND_FAILED = (
-        "The backend gave no usable answer: scale the inputs, raise the radius, or use another solver."
-    )
+    BACKEND_FAILED = "The backend gave no usable answer: scale the inputs, raise the radius, or use another solver."
 
     @property
     def remedy(self) -> str:

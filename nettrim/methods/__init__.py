@@ -1,0 +1,46 @@
+"""The table of pruning methods. A new one is one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nettrim.errors import UnknownNameError
+from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
+from nettrim.methods.magnitude import Magnitude
+from nettrim.methods.net_trim import NetTrim
+from nettrim.methods.obs import LObs
+
+#: name -> factory of the method with its default settings
+METHODS: dict[str, Callable[[], Method]] = {
+    "net-trim": NetTrim,
+    "l-obs": LObs,
+    "magnitude": Magnitude,
+}
+
+
+def make_method(method: str | Method) -> Method:
+    """Return the method of that name, or the object itself.
+
+    Raises
+    ------
+    UnknownNameError
+        The name is not in `METHODS`.
+    """
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise UnknownNameError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}, or a method object.")
+    return METHODS[method]()
+
+
+__all__ = [
+    "AMOUNTS",
+    "METHODS",
+    "LObs",
+    "LayerResult",
+    "LayerTask",
+    "Magnitude",
+    "Method",
+    "NetTrim",
+    "make_method",
+]

@@ -150,9 +150,7 @@ def record(
         return hook
 
     layers = {name: find_linear(model, name) for name in names}
-    handles = [
-        layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         for index, batch in enumerate(_bar(checked, "calibration", progress)):
             _forward(model, batch, index)
@@ -296,9 +294,7 @@ def _require_finite(tensor: Tensor, what: str) -> None:
 
 def _forward(model: nn.Module, batch: Batch, index: int) -> Any:
     """Run one batch; what the model itself raises comes back naming the batch."""
-    like = next(
-        (parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0)
-    )
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
 
     def moved(tensor: Tensor) -> Tensor:
         # copied, because a first layer that works in place would otherwise change the user's data

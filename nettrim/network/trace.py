@@ -97,9 +97,7 @@ class LayerGraph:
         raise UnknownNameError(f"no layer is called {name!r}; the layers are {_listed(self.names)}")
 
 
-def trace(
-    model: nn.Module, layers: str | Sequence[str] = "all", ignore: str | Sequence[str] = ()
-) -> LayerGraph:
+def trace(model: nn.Module, layers: str | Sequence[str] = "all", ignore: str | Sequence[str] = ()) -> LayerGraph:
     """Find the Linear layers of a model in execution order, and which of them are to be pruned.
 
     The model's forward is traced, not its module order read: nested containers, modules of one's own and
@@ -131,9 +129,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if isinstance(model, nn.Linear):
-        raise UnsupportedError(
-            "model is itself a Linear, whose only layer has no name; wrap it: nn.Sequential(model)"
-        )
+        raise UnsupportedError("model is itself a Linear, whose only layer has no name; wrap it: nn.Sequential(model)")
     relu = _follow(_forward_graph(model), model)
     if not relu:
         raise UnsupportedError(f"model ({type(model).__name__}) has no Linear layer to prune; {_SUPPORTED}")
@@ -148,9 +144,7 @@ def trace(
     for name, followed in relu.items():
         linear = find_linear(model, name)
         has_bias = linear._parameters["bias"] is not None
-        specs.append(
-            LayerSpec(name, linear.in_features, linear.out_features, has_bias, followed, name in chosen)
-        )
+        specs.append(LayerSpec(name, linear.in_features, linear.out_features, has_bias, followed, name in chosen))
     return LayerGraph(tuple(specs))
 
 
@@ -266,9 +260,7 @@ def _check_parameters(model: nn.Module, name: str) -> None:
             "torch.nn.utils.prune.remove"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
-        raise UnsupportedError(
-            f"layer {name!r} holds no weights yet; load them, or run one batch through the model"
-        )
+        raise UnsupportedError(f"layer {name!r} holds no weights yet; load them, or run one batch through the model")
     for kind, parameter in own.items():
         if parameter is None:
             continue

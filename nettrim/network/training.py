@@ -132,9 +132,7 @@ def _check_data(inputs: Tensor, labels: Tensor) -> None:
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; pass integer classes of shape (P,)"
         )
     if len(labels) != len(inputs):
-        raise ProblemError(
-            f"inputs have {len(inputs)} rows and labels {len(labels)}; pass one label for each row"
-        )
+        raise ProblemError(f"inputs have {len(inputs)} rows and labels {len(labels)}; pass one label for each row")
 
 
 def _check_classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
@@ -149,9 +147,7 @@ def _check_classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         ) from error
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ProblemError(
-            f"the model maps one row to {found}; pass a model that returns scores of shape (B, C)"
-        )
+        raise ProblemError(f"the model maps one row to {found}; pass a model that returns scores of shape (B, C)")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= scores.shape[1]:
         raise ProblemError(

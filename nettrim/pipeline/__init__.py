@@ -1,0 +1,1 @@
+"""A whole network: schedules, execution, the ledger, run directories."""

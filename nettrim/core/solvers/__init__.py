@@ -54,6 +54,7 @@ def solve_problem(
     max_seconds: float | None = None,
     on_failure: str = "raise",
     start: Start | None = None,
+    round_to: torch.dtype | None = None,
 ) -> LayerSolution:
     """Solve one layer's problem and certify the answer.
 
@@ -70,6 +71,8 @@ def solve_problem(
         What to do where the certificate does not say SOLVED.
     start : Start, optional
         Where to start from.
+    round_to : torch.dtype, optional
+        Round weight and multipliers to this dtype before they are certified, because they will be stored in it.
 
     Returns
     -------
@@ -97,12 +100,13 @@ def solve_problem(
     if answer is None:
         deadline = None if max_seconds is None else began + max_seconds
         answer = chosen.run(problem, Limits(tol, deadline), start)
-    weight = answer.weight.to(problem.inputs)
+    stored = problem.inputs.dtype if round_to is None else round_to
+    weight = answer.weight.to(stored).to(problem.inputs)
     candidate = answer.multipliers
     if candidate is None:
         candidate = -measure_fit(problem, weight).residual
-    # rounded to the problem's dtype first: what is certified is what is returned, and what can be stored
-    multipliers = feasible_multipliers(problem, candidate).multipliers.to(problem.inputs)
+    # rounded first: what is certified is what is returned, and what can be stored
+    multipliers = feasible_multipliers(problem, candidate).multipliers.to(stored).to(problem.inputs)
     certificate = certify(problem, weight, multipliers)
     status = judge(certificate, tol, answer.otherwise)
     if status is Status.NOT_FEASIBLE and _beyond_reach(problem):
@@ -252,9 +256,7 @@ def solve_path(
     start: Start | None = None
     for i in order:
         problem = replace(base, radius=base.radius * epsilons[i])
-        solution = solve_problem(
-            problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start
-        )
+        solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start)
         if bool(solution.multipliers.any()):
             start = Start(solution.weight, solution.multipliers)
         found[i] = _as_given(solution, inputs)
@@ -265,9 +267,7 @@ def _as_given(solution: LayerSolution, inputs: Any) -> LayerSolution:
     """Return the solution with NumPy arrays where the user came with NumPy arrays."""
     if not isinstance(inputs, np.ndarray):
         return solution
-    return replace(
-        solution, weight=solution.weight.cpu().numpy(), multipliers=solution.multipliers.cpu().numpy()
-    )
+    return replace(solution, weight=solution.weight.cpu().numpy(), multipliers=solution.multipliers.cpu().numpy())
 
 
 __all__ = [

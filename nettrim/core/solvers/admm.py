@@ -101,9 +101,7 @@ class Admm:
             if due:
                 iterate.refactor()
         weight, multipliers = scaled.back(best.weight, best.multipliers)
-        return RawAnswer(
-            weight, multipliers, steps, otherwise, scaled.problem.inputs.dtype, iterate.inverse.damping
-        )
+        return RawAnswer(weight, multipliers, steps, otherwise, scaled.problem.inputs.dtype, iterate.inverse.damping)
 
     def _working_dtype(self, problem: LayerProblem, tol: float) -> torch.dtype:
         if self.dtype != "auto":

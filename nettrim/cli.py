@@ -1,0 +1,377 @@
+"""The command line: reads arguments, calls the library, prints. Exit codes: 0 done, 1 a check did not hold, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import nettrim
+from nettrim.core.problem import FORMS
+from nettrim.data import load
+from nettrim.demo import run_demo
+from nettrim.errors import DataError, NetTrimError, ProblemError, UnknownNameError
+from nettrim.methods import METHODS, Method, NetTrim
+from nettrim.pipeline.prune import prune
+from nettrim.pipeline.schedule import SCHEDULES
+from nettrim.pipeline.store import write_atomically
+from nettrim.pipeline.verify import verify
+from nettrim.report.tables import ledger_table, solution_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed its one line, or the help
+        return int(stop.code or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            code: int = options.run(options)
+            return code
+        except NetTrimError as error:
+            if options.debug:
+                traceback.print_exc()
+            else:
+                print(f"nettrim: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("nettrim: interrupted. What was finished is kept; --resume goes on.", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # the reader of stdout went away; nothing more can be said to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="nettrim", description=nettrim.__doc__)
+    parser.add_argument("--version", action="version", version=f"nettrim {nettrim.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "train a small network on embedded data, prune it both ways, show the ledgers")
+    demo.add_argument("--out", default="nettrim-demo", metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--epsilon", type=float, default=0.1, help="relative radius of every layer, default %(default)s")
+    demo.add_argument("--seed", type=int, default=0)
+
+    cut = command("prune", _prune, "prune a network")
+    cut.add_argument(
+        "--model",
+        required=True,
+        metavar="MODULE:FACTORY",
+        help="a function that returns the network: package.module:name or path/file.py:name",
+    )
+    cut.add_argument("--weights", metavar="FILE.safetensors", help="load the network's weights from here")
+    cut.add_argument(
+        "--data", required=True, help="FILE.npz, mnist:DIR, cifar10:DIR or digits; its test split is held out"
+    )
+    cut.add_argument("--download", action="store_true", help="fetch mnist:DIR where the directory is absent")
+    cut.add_argument(
+        "--samples",
+        type=int,
+        default=10_000,
+        metavar="P",
+        help="calibration samples, the first P of the training split; default %(default)s",
+    )
+    cut.add_argument("--method", default="net-trim", help=f"{', '.join(METHODS)}; default %(default)s")
+    amount = cut.add_argument_group("amount: exactly one, a number or NAME=NUMBER,NAME=NUMBER for single layers")
+    amount.add_argument("--epsilon", type=_amount, help="relative radius of each layer")
+    amount.add_argument("--sparsity", type=_amount, help="fraction of zeros")
+    amount.add_argument("--lam", type=_amount, help="lambda of the regularised program")
+    cut.add_argument("--schedule", default="cascade", help=f"{' or '.join(SCHEDULES)}; default %(default)s")
+    cut.add_argument("--layers", default="all", help="names or globs, comma-separated; default all")
+    cut.add_argument("--ignore", default="", help="names or globs, comma-separated")
+    trim = cut.add_argument_group("of net-trim")
+    trim.add_argument("--form", help="ball or halfspace")
+    trim.add_argument("--gamma", type=float, help="γ of the cascade")
+    trim.add_argument("--rule", dest="cascade", help="radius in cascade: relative or paper")
+    trim.add_argument("--kappa", type=float, help="risk factor of the last layer")
+    trim.add_argument("--bias", help="free, penalised or frozen")
+    trim.add_argument("--solver", help="a name in `nettrim info`")
+    trim.add_argument("--tol", type=float, help="relative duality gap")
+    trim.add_argument("--max-seconds", type=float, help="for each layer")
+    cut.add_argument("--out", required=True, metavar="DIR", help="run directory")
+    cut.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    cut.add_argument("--jobs", type=int, help="worker processes for the layers of a wave")
+    cut.add_argument("--seed", type=int, default=0)
+
+    solve = command("solve", _solve, "solve one layer from arrays `inputs` and `targets`")
+    solve.add_argument(
+        "file", metavar="LAYER.npz", help="arrays inputs (P, N) and targets (P, M); optional ceiling, penalty"
+    )
+    solve.add_argument("--epsilon", type=float)
+    solve.add_argument("--radius", type=float)
+    solve.add_argument("--lam", type=float)
+    solve.add_argument("--form", default="ball", help=f"{', '.join(FORMS)}; default %(default)s")
+    solve.add_argument("--per-neuron", action="store_true", help="one ball per output neuron")
+    solve.add_argument("--solver", default="auto", help="default: %(default)s")
+    solve.add_argument("--tol", type=float, default=1e-3, help="relative duality gap, default %(default)s")
+    solve.add_argument("--max-seconds", type=float)
+    solve.add_argument("--out", metavar="FILE.npz", help="write weight and multipliers")
+
+    check = command("verify", _verify, "recompute every stored figure of a run directory")
+    check.add_argument("directory", metavar="DIR")
+
+    command("info", _info, "solvers and methods found, devices, versions")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo = run_demo(options.out, options.epsilon, options.seed)
+    if options.json:
+        _print_json(
+            {
+                "schedules": {name: ledger.as_dict() for name, ledger in demo.ledgers.items()},
+                "directories": {name: str(path) for name, path in demo.directories.items()},
+                "picture": str(demo.picture),
+            }
+        )
+        return 0
+    for ledger in demo.ledgers.values():
+        print(ledger_table(ledger), end="\n\n")
+    print(f"run directories: {', '.join(str(path) for path in demo.directories.values())}")
+    print(f"picture: {demo.picture}")
+    print(f"check it yourself: nettrim verify {demo.directories['cascade']}")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    method = _method(options)
+    if options.samples < 1:
+        raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
+    model = _model(options.model, options.weights)
+    data = load(options.data, download=options.download)
+    result = prune(
+        model,
+        _batches(data.train, options.samples),
+        method,
+        epsilon=options.epsilon,
+        sparsity=options.sparsity,
+        lam=options.lam,
+        schedule=options.schedule,
+        layers="all" if options.layers == "all" else options.layers.split(","),
+        ignore=[name for name in options.ignore.split(",") if name],
+        held_out=None if data.test is None else _batches(data.test, len(data.test.inputs)),
+        out_dir=options.out,
+        resume=options.resume,
+        executor=options.jobs,
+        seed=options.seed,
+    )
+    if options.json:
+        _print_json(result.ledger.as_dict() | {"directory": options.out})
+    else:
+        print(ledger_table(result.ledger))
+        print(f"run directory: {options.out}")
+    return 0
+
+
+def _solve(options: argparse.Namespace) -> int:
+    arrays = _arrays(Path(options.file))
+    if options.out is not None and not Path(options.out).absolute().parent.is_dir():
+        raise DataError(f"--out {options.out} lies in no existing directory: make it first.")
+    solution = nettrim.solve_layer(
+        arrays["inputs"],
+        arrays["targets"],
+        epsilon=options.epsilon,
+        radius=options.radius,
+        lam=options.lam,
+        form=options.form,
+        ceiling=arrays.get("ceiling"),
+        penalty=arrays.get("penalty"),
+        per_neuron=options.per_neuron,
+        solver=options.solver,
+        tol=options.tol,
+        max_seconds=options.max_seconds,
+        on_failure="return",
+    )
+    if options.out is not None:
+        import io
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, weight=solution.weight, multipliers=solution.multipliers)
+        write_atomically(Path(options.out), buffer.getvalue())
+    solved = solution.status is nettrim.Status.SOLVED
+    if options.json:
+        _print_json(
+            {
+                "status": solution.status.name,
+                "remedy": solution.status.remedy,
+                "certificate": vars(solution.certificate),
+                "stats": vars(solution.stats),
+                "kept": int((solution.weight != 0).sum()),
+                "numel": int(solution.weight.size),
+            }
+        )
+    else:
+        print(solution_table(solution))
+    return 0 if solved else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    found = verify(options.directory)
+    if options.json:
+        _print_json(vars(found) | {"holds": found.holds})
+    else:
+        for failure in found.failures:
+            print(f"DOES NOT HOLD  {failure}")
+        print(f"{found.checked} figures and files checked, {len(found.failures)} do not hold; run {found.state}")
+    return 0 if found.holds else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    facts: dict[str, Any] = {
+        "nettrim": nettrim.__version__,
+        "solvers": list(nettrim.SOLVERS),
+        "methods": list(METHODS),
+        "devices": [
+            "cpu",
+            *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
+        ],
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {},
+    }
+    for name in (
+        "torch",
+        "numpy",
+        "scipy",
+        "cvxpy",
+        "scs",
+        "osqp",
+        "clarabel",
+        "safetensors",
+        "scikit-learn",
+        "matplotlib",
+    ):
+        try:
+            facts["versions"][name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            facts["versions"][name] = "not installed"
+    if options.json:
+        _print_json(facts)
+        return 0
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        print(f"{key:<9} {', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def _method(options: argparse.Namespace) -> str | Method:
+    """Return the method of that name, with the options of net-trim that were given."""
+    names = ("form", "gamma", "cascade", "kappa", "bias", "solver", "tol", "max_seconds")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    name: str = options.method
+    if not given:
+        return name
+    if name != "net-trim":
+        flags = ", ".join("--" + ("rule" if key == "cascade" else key.replace("_", "-")) for key in given)
+        raise ProblemError(f"{flags} given, which only net-trim reads, and the method is {name!r}: leave them out.")
+    return NetTrim(**given)
+
+
+def _amount(text: str) -> float | dict[str, float]:
+    """Read ``0.1`` or ``fc1=0.1,fc2=0.2``."""
+    if "=" not in text:
+        return float(text)
+    return {name: float(number) for name, _, number in (part.partition("=") for part in text.split(","))}
+
+
+def _batches(split: Any, count: int, size: int = 1000) -> list[Any]:
+    inputs, labels = split.inputs[:count], split.labels
+    pieces = range(0, len(inputs), size)
+    if labels is None:
+        return [inputs[i : i + size] for i in pieces]
+    return [(inputs[i : i + size], labels[:count][i : i + size]) for i in pieces]
+
+
+def _model(spec: str, weights: str | None) -> nn.Module:
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise ProblemError(
+            f"--model {spec!r} names no factory: write package.module:function or path/file.py:function."
+        )
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+        factory = getattr(module, name, None)
+        if factory is None:
+            raise UnknownNameError(f"--model {spec}: {where} has no {name}.")
+        model = factory()
+    except NetTrimError:
+        raise
+    except Exception as error:  # a user's own code: whatever it raises is said in one line, and --debug shows it all
+        raise ProblemError(f"--model {spec} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"--model {spec} returns a {type(model).__name__}, and must return a torch.nn.Module.")
+    if weights is not None:
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"--weights {weights} cannot be read: {error}") from error
+        except RuntimeError as error:
+            raise DataError(f"--weights {weights} does not fit the model: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _import_module(name: str) -> Any:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"--model: {path} is no file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    missing = [key for key in ("inputs", "targets") if key not in arrays]
+    unknown = sorted(set(arrays) - {"inputs", "targets", "ceiling", "penalty"})
+    if missing or unknown:
+        raise DataError(
+            f"{path} holds {', '.join(arrays) or 'nothing'}: it needs inputs and targets, and may hold ceiling and penalty."
+        )
+    return arrays
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"nettrim: {message}", file=sys.stderr)

@@ -1,0 +1,109 @@
+"""What a pruning method is: a frozen value that turns one layer's task into one layer's result.
+
+A method sees arrays, never a module, and never another layer: where its inputs come from is the schedule's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nettrim.core.certificate import Certificate
+
+AMOUNTS = ("epsilon", "sparsity", "lam")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTask:
+    """One layer and its data, in float64.
+
+    Attributes
+    ----------
+    name : str
+    relu : bool
+        Whether the output flows into a ReLU.
+    last : bool
+        Whether it is the network's last layer.
+    clean : bool
+        Whether `inputs` are the dense network's own (the parallel schedule, and the first pruned layer of a cascade).
+    weight : Tensor (M, N)
+        The dense weight.
+    bias : Tensor (M,) or None
+    inputs : Tensor (P, N)
+        From the dense network, or through the pruned prefix.
+    targets : Tensor (P, M)
+        The dense network's outputs, after the ReLU where there is one.
+    amount : str
+        "epsilon", "sparsity" or "lam".
+    value : float
+        How much of it.
+    dtype : torch.dtype
+        The model's own: weights come back rounded to it.
+    """
+
+    name: str
+    relu: bool
+    last: bool
+    clean: bool
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    targets: Tensor
+    amount: str
+    value: float
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """A pruned layer, and what a method knows about it.
+
+    Attributes
+    ----------
+    weight : Tensor (M, N)
+        Exactly zero where pruned.
+    bias : Tensor (M,) or None
+    mask : bool Tensor (M, N)
+        True = kept.
+    seconds : float
+    certificate : Certificate or None
+        None for a method that solves no convex program.
+    multipliers : Tensor (P, M) or None
+        Behind the certificate.
+    promised : float or None
+        What the layer's error ``‖σ(X Ûᵀ) − Y‖_F`` cannot exceed on the task's inputs; None where nothing is promised.
+    facts : dict
+        How the problem was set up (what `verify` needs to set it up again) and how it was solved; JSON values.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    seconds: float
+    certificate: Certificate | None = None
+    multipliers: Tensor | None = None
+    promised: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """The contract of a pruning method."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `METHODS`."""
+
+    @property
+    def amounts(self) -> tuple[str, ...]:
+        """Which of "epsilon", "sparsity" and "lam" it takes."""
+
+    def prune_layer(self, task: LayerTask) -> LayerResult:
+        """Prune one layer."""
+
+
+def with_bias_column(inputs: Tensor) -> Tensor:
+    """Return ``[X, 1] (P, N + 1)``."""
+    return torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], dim=1)

@@ -1,0 +1,24 @@
+"""Magnitude pruning: the smallest weights of each layer go, nothing is adjusted. The baseline of every table."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from nettrim.methods.base import LayerResult, LayerTask
+from nettrim.methods.masks import keep_largest, kept_count
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """One-shot, layer-wise magnitude pruning to an exact count. [Han et al., 2015, without its retraining]"""
+
+    name: str = "magnitude"
+    amounts: tuple[str, ...] = ("sparsity",)
+
+    def prune_layer(self, task: LayerTask) -> LayerResult:
+        """Keep the largest weights."""
+        began = time.monotonic()
+        mask = keep_largest(task.weight.abs(), kept_count(task.weight.numel(), task.value))
+        weight = task.weight.where(mask, 0.0)
+        return LayerResult(weight, task.bias, mask, time.monotonic() - began)

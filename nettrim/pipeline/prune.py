@@ -1,0 +1,353 @@
+"""`prune`: a whole network, layer by layer, each on the data that its schedule gives it, and the account of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nettrim.errors import ProblemError, UnsupportedError
+from nettrim.methods import LayerResult, LayerTask, Method, make_method
+from nettrim.network.calibrate import Batch, Recorded, read_batches, record
+from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
+from nettrim.network.trace import LayerGraph, LayerSpec, trace
+from nettrim.pipeline.execute import check_executor, run_all
+from nettrim.pipeline.ledger import Activations, LayerEvidence, Ledger, build_ledger
+from nettrim.pipeline.schedule import resolve_amount, waves
+from nettrim.pipeline.store import RunStore, Samples, describe_run
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """What `prune` returns.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A new module with exact zeros; the dense model is as it was.
+    ledger : Ledger
+        `records` (one per layer), `bound` and `measured` at the output, `as_dict()`.
+    masks : dict of str to bool Tensor (M, N)
+        True = kept.
+    settings : dict
+        Everything that was asked for, and where it ran.
+    layers : list of LayerEvidence
+        What the ledger was made from.
+    calibration : Samples
+        The rows of the first layer's inputs.
+    held_out : Samples or None
+    """
+
+    model: nn.Module
+    ledger: Ledger
+    masks: dict[str, Tensor]
+    settings: dict[str, Any]
+    layers: list[LayerEvidence]
+    calibration: Samples
+    held_out: Samples | None
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run directory: weights, masks, evidence, ledger, settings. Files appear whole or not at all.
+
+        Raises
+        ------
+        RunError
+            The directory already holds something, or cannot be written.
+        """
+        store = RunStore.create(directory, self.settings, self.calibration, self.held_out)
+        for layer in self.layers:
+            store.write_layer(layer)
+        store.finish(self.model, self.ledger)
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: str | Method = "net-trim",
+    *,
+    epsilon: float | Mapping[str, float] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    lam: float | Mapping[str, float] | None = None,
+    schedule: str = "cascade",
+    layers: str | list[str] | tuple[str, ...] = "all",
+    ignore: str | list[str] | tuple[str, ...] = (),
+    held_out: Iterable[Any] | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    executor: int | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> PruneResult:
+    """Prune a trained network without labels, and account for it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A chain of Linear, ReLU, Dropout, Flatten. Never changed.
+    batches : iterable
+        The calibration samples: tensors, (input, label) tuples or dicts. Labels only serve to report accuracy.
+    method : str or Method
+        A name in `METHODS`, or an object such as ``NetTrim(form="halfspace")``.
+    epsilon, sparsity, lam : float or dict from layer name to float
+        Exactly one: the relative radius of each layer, the fraction of zeros, or ``λ``.
+    schedule : {"cascade", "parallel"}
+        In cascade each layer is fitted on what the pruned layers before it give; the last radius is then the guarantee
+        for the whole network. In parallel all layers are fitted on the dense network's inputs.
+    layers, ignore : "all", name, glob, or several
+        Which layers to prune, and which not.
+    held_out : iterable, optional
+        Samples that are only measured on.
+    out_dir : path, optional
+        Write a run directory; a finished layer is on disk at once.
+    resume : bool
+        Go on with the run in `out_dir`, if it was started with the same model, data and settings.
+    executor : int, optional
+        Worker processes for the layers of a wave; None works in this process.
+    progress : bool
+        Show a bar on stderr, if that is a terminal.
+    seed : int
+        Of torch's generator during the run, for methods that draw. The global state is restored afterwards.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    ProblemError, UnsupportedError, UnknownNameError
+        Before any work: two amounts or none, a layer or method that is unknown or cannot be handled, NaN in the data.
+    RunError
+        `out_dir` holds another run, or cannot be written.
+    """
+    plan = _Plan.make(model, method, schedule, layers, ignore, epsilon=epsilon, sparsity=sparsity, lam=lam)
+    workers = check_executor(executor)
+    calibration = read_batches(batches)
+    held = None if held_out is None else read_batches(held_out, "held_out")
+    if resume and out_dir is None:
+        raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _run(model, plan, calibration, held, out_dir, resume, workers, progress, seed)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, resolved and checked."""
+
+    method: Method
+    schedule: str
+    graph: LayerGraph
+    waves: list[list[str]]
+    amount: str
+    values: dict[str, float]
+
+    @staticmethod
+    def make(model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, **amounts: Any) -> _Plan:
+        chosen = make_method(method)
+        graph = trace(model, layers, ignore)
+        kind, values = resolve_amount(graph, chosen, amounts)
+        return _Plan(chosen, schedule, graph, waves(graph, schedule), kind, values)
+
+
+def _run(
+    model: nn.Module,
+    plan: _Plan,
+    calibration: list[Batch],
+    held: list[Batch] | None,
+    out_dir: str | Path | None,
+    resume: bool,
+    workers: int,
+    progress: bool,
+    seed: int,
+) -> PruneResult:
+    dense = double_copy(model)
+    clean = record(dense, calibration, plan.graph.names, progress=progress)
+    _require_chain(plan.graph, clean)
+    samples = _samples("calibration", calibration, clean[plan.graph.names[0]].inputs)
+    clean_held, held_samples = None, None
+    if held is not None:
+        clean_held = record(dense, held, plan.graph.names, progress=progress)
+        held_samples = _samples("held-out", held, clean_held[plan.graph.names[0]].inputs)
+
+    settings = describe_run(model, plan.method, plan.schedule, plan.amount, plan.values, plan.graph, seed)
+    store = None
+    found: dict[str, LayerEvidence] = {}
+    if out_dir is not None:
+        if resume:
+            store, found = RunStore.resume(out_dir, settings, samples, held_samples)
+        else:
+            store = RunStore.create(out_dir, settings, samples, held_samples)
+
+    pruned = frozen_copy(model)
+    evidence = _prune_waves(plan, dense, pruned, calibration, clean, store, found, workers, progress)
+
+    after = record(double_copy(pruned), calibration, plan.graph.names)
+    held_activations = None
+    if held is not None and clean_held is not None and held_samples is not None:
+        after_held = record(double_copy(pruned), held, plan.graph.names)
+        held_activations = (
+            _activations("held-out", clean_held),
+            _activations("held-out", after_held),
+            held_samples.labels,
+        )
+    ledger = build_ledger(
+        plan.method.name,
+        plan.schedule,
+        evidence,
+        _activations("calibration", clean),
+        _activations("calibration", after),
+        _ladder(plan, dense, evidence, calibration, clean, after),
+        samples.labels,
+        held_activations,
+    )
+    masks = {layer.name: layer.weight != 0 for layer in evidence if layer.pruned}
+    if store is not None:
+        store.finish(pruned, ledger)
+    return PruneResult(pruned, ledger, masks, settings, evidence, samples, held_samples)
+
+
+def _prune_waves(
+    plan: _Plan,
+    dense: nn.Module,
+    pruned: nn.Module,
+    calibration: list[Batch],
+    clean: dict[str, Recorded],
+    store: RunStore | None,
+    found: dict[str, LayerEvidence],
+    workers: int,
+    progress: bool,
+) -> list[LayerEvidence]:
+    """Prune wave after wave, writing each layer into `pruned`; return the evidence of all layers in execution order."""
+    evidence: dict[str, LayerEvidence] = {}
+    bar = tqdm(
+        total=len(plan.graph.selected),
+        desc=plan.method.name,
+        unit="layer",
+        leave=False,
+        disable=None if progress else True,
+    )
+    for wave in plan.waves:
+        tasks = []
+        for name in wave:
+            if name in found:
+                evidence[name] = found[name]
+                bar.update()
+            else:
+                inputs = clean[name].inputs
+                if evidence and plan.schedule == "cascade":
+                    inputs = record(double_copy(pruned), calibration, [name])[name].inputs
+                tasks.append(_task(plan, dense, pruned, name, inputs, clean[name].outputs, not evidence))
+        bar.set_postfix_str(", ".join(task.name for task in tasks))
+        for task, result in zip(tasks, run_all(plan.method.prune_layer, tasks, workers), strict=True):
+            evidence[task.name] = _evidence(task, result)
+            if store is not None:
+                store.write_layer(evidence[task.name])
+            bar.update()
+        for name in wave:
+            write_layer(pruned, name, evidence[name].weight, evidence[name].bias)
+    bar.close()
+    for spec in plan.graph.layers:
+        if spec.name not in evidence:
+            evidence[spec.name] = _left_dense(pruned, spec)
+            if store is not None:
+                store.write_layer(evidence[spec.name])
+    return [evidence[name] for name in plan.graph.names]
+
+
+def _task(
+    plan: _Plan, dense: nn.Module, pruned: nn.Module, name: str, inputs: Tensor, outputs: Tensor, first: bool
+) -> LayerTask:
+    spec = plan.graph.layer(name)
+    weight, bias = layer_arrays(dense, name)
+    return LayerTask(
+        name=name,
+        relu=spec.relu,
+        last=name == plan.graph.names[-1],
+        clean=first or plan.schedule == "parallel",
+        weight=weight,
+        bias=bias,
+        inputs=inputs,
+        targets=outputs.clamp(min=0) if spec.relu else outputs,
+        amount=plan.amount,
+        value=plan.values[name],
+        dtype=layer_arrays(pruned, name)[0].dtype,
+    )
+
+
+def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
+    def stored(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(task.dtype).contiguous()
+
+    weight, dense_weight = stored(result.weight), stored(task.weight)
+    assert weight is not None and dense_weight is not None
+    # a weight that rounds to zero in the model's dtype is pruned, whatever the method's mask says
+    return LayerEvidence(
+        name=task.name,
+        relu=task.relu,
+        pruned=True,
+        clean=task.clean,
+        dense_weight=dense_weight,
+        dense_bias=stored(task.bias),
+        weight=weight,
+        bias=stored(result.bias),
+        multipliers=stored(result.multipliers),
+        promised=result.promised,
+        facts=result.facts | {task.amount: task.value},
+        seconds=result.seconds,
+    )
+
+
+def _left_dense(model: nn.Module, spec: LayerSpec) -> LayerEvidence:
+    weight, bias = layer_arrays(model, spec.name)
+    return LayerEvidence(spec.name, spec.relu, False, False, weight, bias, weight, bias)
+
+
+def _ladder(
+    plan: _Plan,
+    dense: nn.Module,
+    evidence: list[LayerEvidence],
+    calibration: list[Batch],
+    clean: dict[str, Recorded],
+    after: dict[str, Recorded],
+) -> list[Tensor]:
+    """Return the output with 0, 1, … of the pruned layers in place; first and last are known already."""
+    last = plan.graph.names[-1]
+    rungs = [clean[last].outputs]
+    step = double_copy(dense)
+    pruned = [layer for layer in evidence if layer.pruned]
+    for layer in pruned[:-1]:
+        write_layer(step, layer.name, layer.weight, layer.bias)
+        rungs.append(record(step, calibration, [last])[last].outputs)
+    rungs.append(after[last].outputs)
+    if plan.graph.layers[-1].relu:
+        rungs = [rung.clamp(min=0) for rung in rungs]
+    return rungs
+
+
+def _activations(split: str, recorded: dict[str, Recorded]) -> Activations:
+    return Activations(split, [r.inputs for r in recorded.values()], [r.outputs for r in recorded.values()])
+
+
+def _samples(name: str, batches: list[Batch], rows: Tensor) -> Samples:
+    labels = None
+    if batches[0].labels is not None:
+        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+        if labels.dim() != 1 or labels.shape[0] != rows.shape[0] or labels.is_floating_point():
+            labels = None  # not class indices of the rows: accuracy has no meaning
+    return Samples(name, rows, labels)
+
+
+def _require_chain(graph: LayerGraph, recorded: dict[str, Recorded]) -> None:
+    """Refuse a reshape between layers that changes what a sample is: errors would not compose row by row."""
+    for before, after in zip(graph.layers, graph.layers[1:], strict=False):
+        outputs, inputs = recorded[before.name].outputs, recorded[after.name].inputs
+        if outputs.shape != inputs.shape:
+            raise UnsupportedError(
+                f"between layers {before.name!r} and {after.name!r} the activations change from {tuple(outputs.shape)} to "
+                f"{tuple(inputs.shape)}: a reshape must stand before the first Linear layer."
+            )

@@ -1,0 +1,342 @@
+"""A run directory: what lies where, written whole or not at all, read back without pickles.
+
+``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it was solved); ``samples/``
+(the rows that enter the first layer, and labels), from which `verify` replays the chain; ``ledger.json``; ``run.json``
+(settings, versions, host, fingerprints, and the digest of every other file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from nettrim.errors import RunError
+from nettrim.methods import Method
+from nettrim.network.trace import LayerGraph
+from nettrim.pipeline.ledger import LayerEvidence, Ledger
+
+SCHEMA = 1
+_VERSIONED = ("nettrim", "torch", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The rows that enter the first layer, and their labels.
+
+    Attributes
+    ----------
+    name : str
+        "calibration" or "held-out".
+    rows : Tensor (P, N)
+        float64.
+    labels : Tensor (P,) or None
+    """
+
+    name: str
+    rows: Tensor
+    labels: Tensor | None
+
+
+def describe_run(
+    model: nn.Module,
+    method: Method,
+    schedule: str,
+    amount: str,
+    values: dict[str, float],
+    graph: LayerGraph,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the settings of a run as JSON values: what was asked for, on what, and where."""
+    return {
+        "schema": SCHEMA,
+        "method": method.name,
+        "method_settings": repr(method),
+        "schedule": schedule,
+        "amount": {amount: values},
+        "chain": [asdict(layer) for layer in graph.layers],
+        "seed": seed,
+        "model": digest_tensors(dict(model.state_dict())),
+        "versions": {name: _version(name) for name in _VERSIONED},
+        "host": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": _commit(),
+    }
+
+
+#: what must be the same for a run to be gone on with
+_IDENTITY = ("schema", "method", "method_settings", "schedule", "amount", "chain", "seed", "model")
+
+
+class RunStore:
+    """One run directory that is being written."""
+
+    def __init__(self, directory: Path, run: dict[str, Any]) -> None:
+        self.directory = directory
+        self.run = run
+
+    @staticmethod
+    def create(
+        directory: str | Path, settings: dict[str, Any], calibration: Samples, held_out: Samples | None
+    ) -> RunStore:
+        """Start a run directory: its settings and samples are written at once.
+
+        Raises
+        ------
+        RunError
+            The directory holds something already, or cannot be written.
+        """
+        path = Path(directory)
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunError(f"{path} already holds something: choose another directory, or resume the run in it.")
+            (path / "layers").mkdir(parents=True, exist_ok=True)
+            (path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{path} cannot be made: {error.strerror or error}.") from error
+        store = RunStore(
+            path, settings | {"state": "started", "data": _data_digest(calibration, held_out), "files": {}}
+        )
+        for samples in filter(None, (calibration, held_out)):
+            tensors = {"rows": _smallest(samples.rows)}
+            if samples.labels is not None:
+                tensors["labels"] = samples.labels
+            store._tensors(f"samples/{samples.name}.safetensors", tensors)
+        store._write_run()
+        return store
+
+    @staticmethod
+    def resume(
+        directory: str | Path, settings: dict[str, Any], calibration: Samples, held_out: Samples | None
+    ) -> tuple[RunStore, dict[str, LayerEvidence]]:
+        """Go on with a run: return its store and the layers that are finished. An empty or absent directory starts anew.
+
+        Raises
+        ------
+        RunError
+            The run differs in model, data or settings, which the text names; or it cannot be read.
+        """
+        path = Path(directory)
+        if not path.exists() or not any(path.iterdir()):
+            return RunStore.create(path, settings, calibration, held_out), {}
+        run = read_json(path / "run.json")
+        wanted = json.loads(json.dumps(settings)) | {"data": _data_digest(calibration, held_out)}
+        differs = [key for key in (*_IDENTITY, "data") if run.get(key) != wanted[key]]
+        if differs:
+            raise RunError(
+                f"{path} holds a run with another {', '.join(differs)}: resume with the same, or use another directory."
+            )
+        found = {}
+        for name in list(run["files"]):
+            if name.startswith("layers/"):
+                evidence = read_layer(path / name)
+                found[evidence.name] = evidence
+        return RunStore(path, run | {"state": "started"}), found
+
+    def write_layer(self, layer: LayerEvidence) -> None:
+        """Write one layer's file and note it in ``run.json``."""
+        tensors = {"weight": layer.weight, "dense_weight": layer.dense_weight}
+        for key in ("bias", "dense_bias", "multipliers"):
+            if getattr(layer, key) is not None:
+                tensors[key] = getattr(layer, key)
+        about = {
+            key: getattr(layer, key) for key in ("name", "relu", "pruned", "clean", "promised", "facts", "seconds")
+        }
+        self._tensors(layer_file(layer.name), tensors, about)
+        self._write_run()
+
+    def finish(self, model: nn.Module, ledger: Ledger) -> None:
+        """Write what is known only at the end."""
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        self._tensors("model.safetensors", state)
+        masks = {r.name: state[f"{r.name}.weight"] != 0 for r in ledger.records}
+        self._tensors("masks.safetensors", masks)
+        self._file("ledger.json", _json({"schema": SCHEMA} | ledger.as_dict()))
+        self.run["state"] = "finished"
+        self._write_run()
+
+    def _tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+        # cloned, because safetensors refuses tensors that share memory
+        plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        self._file(name, to_bytes(plain, None if about is None else {"about": json.dumps(about)}))
+
+    def _file(self, name: str, content: bytes) -> None:
+        write_atomically(self.directory / name, content)
+        self.run["files"][name] = hashlib.sha256(content).hexdigest()
+
+    def _write_run(self) -> None:
+        self.run.pop("digest", None)
+        self.run["digest"] = digest_json(self.run)
+        write_atomically(self.directory / "run.json", _json(self.run))
+
+
+def layer_file(name: str) -> str:
+    """Return the file of a layer, relative to the run directory."""
+    return f"layers/{name}.safetensors"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole, or not at all.
+
+    Raises
+    ------
+    RunError
+        It cannot be written: a full disk, a missing permission. What was there before stays.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    RunError
+        It is missing, truncated, or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise RunError(f"{path} is truncated or no JSON file: {error}.") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no JSON object, so it is not of a run directory.")
+    return value
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: its tensors, and what is said about them.
+
+    Raises
+    ------
+    RunError
+        It is missing, truncated, or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get("about", "{}")
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(about)  # noqa: SIM118
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{path} is truncated or no safetensors file: {error}.") from error
+
+
+def read_layer(path: Path) -> LayerEvidence:
+    """Read one layer's file.
+
+    Raises
+    ------
+    RunError
+        It is missing, truncated, or not a layer of a run.
+    """
+    tensors, about = read_tensors(path)
+    try:
+        return LayerEvidence(
+            dense_weight=tensors["dense_weight"],
+            dense_bias=tensors.get("dense_bias"),
+            weight=tensors["weight"],
+            bias=tensors.get("bias"),
+            multipliers=tensors.get("multipliers"),
+            **about,
+        )
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} is not the file of a pruned layer: {error}.") from error
+
+
+def read_samples(path: Path) -> Samples:
+    """Read the rows and labels of one split.
+
+    Raises
+    ------
+    RunError
+        The file is missing, truncated, or holds no rows.
+    """
+    tensors, _ = read_tensors(path)
+    if "rows" not in tensors:
+        raise RunError(f"{path} holds no rows, so it is not of a run directory.")
+    return Samples(path.stem, tensors["rows"].double(), tensors.get("labels"))
+
+
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
+    """Return a SHA-256 of names, dtypes, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def digest_json(value: dict[str, Any]) -> str:
+    """Return a SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _data_digest(calibration: Samples, held_out: Samples | None) -> str:
+    tensors = {"calibration": calibration.rows}
+    if held_out is not None:
+        tensors["held-out"] = held_out.rows
+    return digest_tensors(tensors)
+
+
+def _smallest(rows: Tensor) -> Tensor:
+    """Return float32 rows where that loses nothing, as with images, else the rows."""
+    small = rows.float()
+    return small if torch.equal(small.double(), rows) else rows
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that nettrim runs from, or None where it is an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

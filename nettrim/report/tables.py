@@ -1,0 +1,123 @@
+"""Ledgers and solutions as plain text, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nettrim.core.solution import LayerSolution
+from nettrim.pipeline.ledger import Ledger
+
+
+def ledger_table(ledger: Ledger) -> str:
+    """Return a ledger as text: a row per layer, then the network's bounds against what was measured.
+
+    Errors are relative to the norm of the dense network's outputs at the same place.
+    """
+    head = (
+        "layer",
+        "kept",
+        "of",
+        "%",
+        "gap",
+        "violation",
+        "promised",
+        "measured",
+        "in network",
+        "bound",
+        "held-out",
+        "s",
+    )
+    rows = []
+    for r in ledger.records:
+        size = r.target_norm or 1.0
+        rows.append(
+            (
+                r.name,
+                f"{r.kept}",
+                f"{r.numel}",
+                f"{100 * r.kept / r.numel:.2f}",
+                _short(r.gap, "{:.1e}"),
+                _short(r.violation, "{:.1e}"),
+                _short(r.promised and r.promised / size),
+                _short(r.measured / size),
+                _short(r.network_error / size),
+                _short(min(r.bounds.values()) / size),
+                _short(r.held_out),
+                f"{r.seconds:.1f}",
+            )
+        )
+    share = f"{100 * ledger.kept / max(1, ledger.numel):.2f}"
+    rows.append(
+        (
+            "all",
+            f"{ledger.kept}",
+            f"{ledger.numel}",
+            share,
+            *[""] * 7,
+            f"{sum(r.seconds for r in ledger.records):.1f}",
+        )
+    )
+    lines = [f"{ledger.method}, {ledger.schedule}", "", text_table(head, rows), ""]
+    size = ledger.output_norm or 1.0
+    lines.append(
+        f"output error ‖ŷ − y‖/‖y‖ on the calibration samples: measured {ledger.measured / size:.5g}, bounded by"
+    )
+    lines += [
+        f"  {value / size:<12.5g} {name}" for name, value in sorted(ledger.bounds.items(), key=lambda item: item[1])
+    ]
+    if ledger.held_out is not None:
+        lines.append(f"on the held-out samples: measured {ledger.held_out:.5g}")
+    lines += [
+        f"accuracy, {split}: {100 * a['dense']:.2f} % dense, {100 * a['pruned']:.2f} % pruned"
+        for split, a in ledger.accuracy.items()
+    ]
+    missed = [f"{r.name} ({r.facts['status']})" for r in ledger.records if r.facts.get("status", "SOLVED") != "SOLVED"]
+    if missed:
+        lines.append(f"NOT certified within the tolerance: {', '.join(missed)}")
+    sizes = {kind: sum(r.bytes[kind] for r in ledger.records) for kind in ("dense", "csr", "bitmask")}
+    lines.append(
+        "bytes of the pruned weights: "
+        + ", ".join(f"{value:,} {kind}" for kind, value in sizes.items())
+        + "; zeros save memory and disk in the sparse formats, and no time in dense kernels"
+    )
+    return "\n".join(lines)
+
+
+def solution_table(solution: LayerSolution) -> str:
+    """Return one solved layer as text."""
+    c, s = solution.certificate, solution.stats
+    kept = int((solution.weight != 0).sum())
+    rows = [
+        ("status", f"{solution.status.name}: {solution.status.remedy}"),
+        (
+            "kept",
+            f"{kept} of {solution.weight.size if hasattr(solution.weight, 'size') and not callable(solution.weight.size) else solution.weight.numel()}",
+        ),
+        ("objective", f"{c.objective:.8g}"),
+        ("lower bound", f"{c.lower_bound:.8g}"),
+        ("gap", f"{c.gap:.3e}"),
+        ("violation", f"{c.violation:.3e}"),
+        ("distance", f"{c.distance:.8g}"),
+        ("solver", f"{s.solver}, {s.dtype}, {s.device}"),
+        ("iterations", f"{s.iterations} in {s.seconds:.2f} s"),
+    ]
+    if s.note:
+        rows.append(("note", s.note))
+    return "\n".join(f"{key:<12} {value}" for key, value in rows)
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return columns as wide as their widest cell; the first is flush left, the others right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def _short(value: float | None, form: str = "{:.4g}") -> str:
+    return "–" if value is None else form.format(value)
