@@ -1,0 +1,1 @@
+"""What nettrim is measured by; not part of the package."""

@@ -1,4 +1,7 @@
-"""The command line: reads arguments, calls the library, prints. Exit codes: 0 done, 1 a check did not hold, 2 bad input, 130 interrupted."""
+"""The command line: reads arguments, calls the library, prints.
+
+Exit codes: 0 done, 1 a check did not hold, 2 bad usage or input (one line, no traceback), 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -364,7 +367,8 @@ def _arrays(path: Path) -> dict[str, Any]:
     unknown = sorted(set(arrays) - {"inputs", "targets", "ceiling", "penalty"})
     if missing or unknown:
         raise DataError(
-            f"{path} holds {', '.join(arrays) or 'nothing'}: it needs inputs and targets, and may hold ceiling and penalty."
+            f"{path} holds {', '.join(arrays) or 'nothing'}: it needs inputs and targets, "
+            "and may hold ceiling and penalty."
         )
     return arrays
 

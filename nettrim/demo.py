@@ -1,4 +1,4 @@
-"""The demonstration: train a small network on embedded data, prune it both ways, show what was promised and measured."""
+"""The demonstration: a small network trained on embedded data, pruned both ways, promised beside measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LeNet-300-100 with the weights that the authors of L-OBS published: the factory that the benchmarks prune.
 
-The weights are read from ``$NETTRIM_DATA/lenet300-100`` (by default ``../shared/data``, beside the checkout). They are stored as
-(inputs, outputs) and expect pixels in [0, 1].
+The weights are read from ``$NETTRIM_DATA/lenet300-100`` (by default ``../shared/data``, beside the checkout).
+They are stored as (inputs, outputs) and expect pixels in [0, 1].
 """
 
 from __future__ import annotations

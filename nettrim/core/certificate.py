@@ -10,11 +10,12 @@ halfspace      ``⟨Γ, T⟩ − r ‖Γ_Ω‖_F``
 regularised    ``⟨Γ, T⟩ − ‖Γ‖_F² / (2λ)`` (``Γ_Ω`` for halfspace)
 =============  =========================================
 
-with the anchor ``T`` of `nettrim.core.problem`. Proof for the ball: ``Σ c|U| ≥ ⟨XᵀΓ, Uᵀ⟩ = ⟨Γ, Z⟩``; write ``Z = Q + R`` with ``Q``
-the projection of ``Z``: ``⟨Γ, Q⟩ ≥ ⟨Γ, T⟩`` since ``Γ ≤ 0`` where ``Q ≤ T``, and ``⟨Γ, R⟩ ≥ −r‖Γ‖``.
+with the anchor ``T`` of `nettrim.core.problem`. Proof for the ball: ``Σ c|U| ≥ ⟨XᵀΓ, Uᵀ⟩ = ⟨Γ, Z⟩``; write ``Z
+= Q + R`` with ``Q`` the projection of ``Z``: ``⟨Γ, Q⟩ ≥ ⟨Γ, T⟩`` since ``Γ ≤ 0`` where ``Q ≤ T``, and ``⟨Γ, R⟩
+≥ −r‖Γ‖``.
 
-Any candidate is made feasible first: signs clipped, free columns (``c = 0``) centred, each neuron's column scaled by ``t_m``,
-and the ``t_m`` chosen to maximise the bound. So a certificate can be wrong only by rounding.
+Any candidate is made feasible first: signs clipped, free columns (``c = 0``) centred, each neuron's column
+scaled by ``t_m``, and the ``t_m`` chosen to maximise the bound. So a certificate can be wrong only by rounding.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class Certificate:
     lower_bound : float
         No feasible weight has a smaller objective.
     gap : float
-        ``(objective − lower_bound) / objective``: what the optimum can be below, at the most. Proves nothing without `violation`.
+        ``(objective − lower_bound) / objective``: what the optimum can be below, at the most. Proves nothing
+        without `violation`.
     violation : float
-        ``max(0, (dist − r) / r)``, the worst over the neurons where each has a ball of its own; for ``halfspace`` also the
-        worst excess over the ceiling, relative to ``max |Y|``.
+        ``max(0, (dist − r) / r)``, the worst over the neurons where each has a ball of its own; for
+        ``halfspace`` also the worst excess over the ceiling, relative to ``max |Y|``.
     distance : float
         ``‖R‖_F``, in the units of the targets (the active samples alone for ``halfspace``).
     note : str
@@ -71,8 +73,8 @@ def certify(problem: LayerProblem, weight: Any, multipliers: Any = None) -> Cert
     problem : LayerProblem
     weight : Tensor or ndarray (M, N)
     multipliers : Tensor or ndarray (P, M), optional
-        A candidate ``Γ``; any will do, and a poor one gives a poor bound. When absent, the direction of the weight's own
-        residual is used, which is optimal at an optimal weight of the ball and linear forms.
+        A candidate ``Γ``; any will do, and a poor one gives a poor bound. When absent, the direction of the
+        weight's own residual is used, which is optimal at an optimal weight of the ball and linear forms.
 
     Raises
     ------
@@ -172,12 +174,16 @@ def feasible_multipliers(problem: LayerProblem, candidate: Tensor, dtype: torch.
         value -= problem.radius * float(norm.sqrt())
     note = ""
     if dropped:
-        note = f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: their free columns could not be centred."
+        note = (
+            f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: "
+            "their free columns could not be centred."
+        )
     return DualPoint(gamma * scale, value, note)
 
 
 def _centre_free_columns(problem: LayerProblem, gamma: Tensor) -> tuple[Tensor, int]:
-    """Make ``(XᵀΓ)_nm = 0`` where ``c_mn = 0``, by the smallest change over the active samples, which have no sign to keep.
+    """Make ``(XᵀΓ)_nm = 0`` where ``c_mn = 0``, by the smallest change over the active samples, which have no
+    sign to keep.
 
     A neuron where that is impossible gets ``Γ_m = 0``, which is feasible and adds nothing to the bound.
     """
@@ -213,8 +219,9 @@ def _largest_scales(penalty: Tensor, products: Tensor) -> Tensor:
 def _best_scales(problem: LayerProblem, linear: Tensor, square: Tensor, largest: Tensor) -> Tensor:
     """Return the ``0 ≤ t_m ≤ largest_m`` that maximise ``Σ t_m a_m`` minus the form's norm term.
 
-    Joint ball: at the optimum ``t_m = min(largest_m, a_m s / (r b_m))`` with ``s = ‖tΓ‖_F``. Neurons saturate in the order of
-    ``s_m = largest_m r b_m / a_m``, and between two of these ``s² = Σ_saturated t_m² b_m / (1 − Σ_others a_m² / (r² b_m))``.
+    Joint ball: at the optimum ``t_m = min(largest_m, a_m s / (r b_m))`` with ``s = ‖tΓ‖_F``. Neurons saturate
+    in the order of ``s_m = largest_m r b_m / a_m``, and between two of these ``s² = Σ_saturated t_m² b_m / (1 −
+    Σ_others a_m² / (r² b_m))``.
     """
     gain = linear.clamp(min=0)
     usable = (gain > 0) & (largest > 0)

@@ -43,8 +43,9 @@ def damped_inverse(matrix: Tensor) -> tuple[Tensor, float]:
 class RidgeInverse:
     """``K = (a XᵀX + b I)⁻¹`` for one ``X (P, N)`` and changing ``a, b > 0``, applied to ``(N, M)`` arrays.
 
-    The inverse of the smaller of ``XᵀX`` and ``XXᵀ`` is formed in float64 and kept in the dtype of ``X``; where ``P < N``, by
-    Woodbury, ``K v = (v − Xᵀ (XXᵀ + (b/a) I)⁻¹ X v) / b``. So one application is products only: ``2 N² M`` flops, or ``6 N P M``.
+    The inverse of the smaller of ``XᵀX`` and ``XXᵀ`` is formed in float64 and kept in the dtype of ``X``; where
+    ``P < N``, by Woodbury, ``K v = (v − Xᵀ (XXᵀ + (b/a) I)⁻¹ X v) / b``. So one application is products only:
+    ``2 N² M`` flops, or ``6 N P M``.
     """
 
     def __init__(self, inputs: Tensor) -> None:

@@ -1,7 +1,8 @@
 """One layer as a convex program: the data, the active set and the amount, checked once and then frozen.
 
-Every form asks that the pre-activation ``Z = X Uᵀ`` stay near a convex set that is described by an *anchor* ``T (P, M)``
-and an *active set* ``Ω``: on ``Ω`` the value ``T`` itself is wanted, off ``Ω`` everything up to ``T`` is welcome.
+Every form asks that the pre-activation ``Z = X Uᵀ`` stay near a convex set that is described by an *anchor* ``T
+(P, M)`` and an *active set* ``Ω``: on ``Ω`` the value ``T`` itself is wanted, off ``Ω`` everything up to ``T``
+is welcome.
 
 ==========  ======================================  ============================================
 form        off Ω                                   fit
@@ -11,8 +12,8 @@ halfspace   hard: ``Z ≤ T``                         ``‖(Z − T)_Ω‖ ≤ r
 linear      (everything is active)                  ``‖Z − T‖ ≤ r``
 ==========  ======================================  ============================================
 
-``T`` is ``targets`` on ``Ω`` and ``ceiling`` (0 unless given) off it. With ``lam`` instead of ``radius`` the squared fit
-enters the objective with the factor ``lam / 2``.
+``T`` is ``targets`` on ``Ω`` and ``ceiling`` (0 unless given) off it. With ``lam`` instead of ``radius`` the
+squared fit enters the objective with the factor ``lam / 2``.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class LayerProblem:
             radius = self.radius.to(device=self.inputs.device, dtype=torch.float64)
             if radius.shape[0] != self.n_outputs:
                 raise ProblemError(
-                    f"radius has {radius.shape[0]} entries for {self.n_outputs} output neurons: give one each, or a number."
+                    f"radius has {radius.shape[0]} entries for {self.n_outputs} output neurons: "
+                    "give one each, or a number."
                 )
             # a dead neuron's own ball has radius 0, and its zero column lies in it
             if not bool(torch.isfinite(radius).all()) or bool((radius < 0).any()) or not bool((radius > 0).any()):
@@ -229,7 +231,8 @@ def as_float_tensor(name: str, value: Any) -> Tensor:
     if not bool(finite.all()):
         bad = (~finite).nonzero()
         raise ProblemError(
-            f"{name} holds {bad.shape[0]} NaN or infinite entries, the first at {tuple(bad[0].tolist())}: remove those samples."
+            f"{name} holds {bad.shape[0]} NaN or infinite entries, the first at {tuple(bad[0].tolist())}: "
+            "remove those samples."
         )
     return tensor
 

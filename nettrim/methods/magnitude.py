@@ -11,7 +11,7 @@ from nettrim.methods.masks import keep_largest, kept_count
 
 @dataclass(frozen=True)
 class Magnitude:
-    """One-shot, layer-wise magnitude pruning to an exact count. [Han et al., 2015, without its retraining]"""
+    """One-shot, layer-wise magnitude pruning to an exact count: Han et al., 2015, without its retraining."""
 
     name: str = "magnitude"
     amounts: tuple[str, ...] = ("sparsity",)

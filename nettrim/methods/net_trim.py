@@ -3,9 +3,9 @@
 Aghasi, Abdi, Nguyen, Romberg, "Net-Trim: Convex Pruning of Deep Neural Networks with Performance Guarantee", NIPS 2017;
 Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Science, 2020.
 
-In parallel the radius of layer ``l`` is ``ε_l ‖Y_l‖_F``. In cascade the inputs come through the pruned prefix, where the dense
-weights themselves are off by ``d_l``; the radius is ``max(ε_l ‖Y_l‖_F, √γ d_l)`` ("relative"), or ``√γ d_l`` after the
-first pruned layer ("paper").
+In parallel the radius of layer ``l`` is ``ε_l ‖Y_l‖_F``. In cascade the inputs come through the pruned prefix,
+where the dense weights themselves are off by ``d_l``; the radius is ``max(ε_l ‖Y_l‖_F, √γ d_l)`` ("relative"),
+or ``√γ d_l`` after the first pruned layer ("paper").
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class NetTrim:
     kappa : float in (0, 1]
         Risk factor: the last layer's radius is multiplied by it. Below 1 the program may have no solution.
     bias : {"free", "penalised", "frozen"}
-        "free": fitted, not part of the norm. "penalised": like a weight, as in the released code. "frozen": kept as it is.
+        "free": fitted, not part of the norm. "penalised": like a weight, as in the released code.
+        "frozen": kept as it is.
     clip_ceiling : bool
         For "halfspace" in cascade: replace the ceiling ``V`` by ``max(V, 0)``, which enlarges the feasible set at the
         same guarantee. False reproduces the papers.
@@ -69,7 +70,7 @@ class NetTrim:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range before any work."""
-        choices = {"form": ("ball", "halfspace"), "cascade": ("relative", "paper")}
+        choices: dict[str, tuple[str, ...]] = {"form": ("ball", "halfspace"), "cascade": ("relative", "paper")}
         choices["bias"] = ("free", "penalised", "frozen")
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

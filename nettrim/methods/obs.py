@@ -54,8 +54,8 @@ class LObs:
         if task.bias is not None:
             inputs, dense = with_bias_column(inputs), torch.cat([dense, task.bias[:, None]], dim=1)
         hessian = gram(inputs) / inputs.shape[0]
-        hessian.diagonal().add_(self.damping)
-        inverse, extra = damped_inverse(hessian)
+        damped = hessian + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        inverse, extra = damped_inverse(damped)
         remove = task.weight.numel() - kept_count(task.weight.numel(), task.value)
         score = 0.5 * dense.square() / inverse.diagonal()
         if task.bias is not None and self.bias == "kept":
@@ -69,6 +69,7 @@ class LObs:
         if task.bias is not None:
             weight, bias, mask = weight[:, :-1], weight[:, -1], mask[:, :-1]
         change = torch.cat([weight, bias[:, None]], dim=1) - dense if bias is not None else weight - dense
+        # E = (1/P)‖Ẑ − Z‖² on these inputs, without the damping
         facts = {"damping": self.damping + extra, "E": float(((change @ hessian) * change).sum())}
         return LayerResult(weight, bias, mask, time.monotonic() - began, facts=facts)
 
@@ -76,8 +77,10 @@ class LObs:
 def _sweep(weight: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
     """Remove the flat indices `order`, first to last, neuron by neuron; the neurons do not touch each other."""
     neuron, column = order // weight.shape[1], order % weight.shape[1]
-    for m in neuron.unique().tolist():
+    for m in range(weight.shape[0]):
         removed = column[neuron == m]
+        if not removed.numel():
+            continue
         block = inverse[removed][:, removed]
         step = torch.linalg.solve_triangular(block.tril(), weight[m, removed][:, None], upper=False)[:, 0]
         weight[m] -= inverse[:, removed] @ step

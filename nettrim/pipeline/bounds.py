@@ -1,30 +1,34 @@
 """How far the pruned network can be from the dense one, layer by layer: every bound that is known, side by side.
 
 ``e_l = ‖Ŷ_l − Y_l‖_F`` is the error at the output of layer ``l`` of the pruned network on its own activations, over the
-samples at hand; ``b_l`` bounds it. ReLU, eval-mode dropout and flatten are 1-Lipschitz, and a bias cancels in differences.
+samples at hand; ``b_l`` bounds it. ReLU, eval-mode dropout and flatten are 1-Lipschitz, and a bias cancels in
+differences.
 
-===================  ===============================================================  ===========================
-name                 recursion                                                        source, where it holds
-===================  ===============================================================  ===========================
-paper                ``b_l = p_l + ‖W_l‖₁ b_{l−1}``                                   Net-Trim, Theorem 1 rescaled; parallel
-paper                ``b_l = max(ε_l‖Y_l‖, √γ ‖W_l‖₁ b_{l−1})``                       Net-Trim, Theorem 2 rescaled; cascade
-cascade product      as before with ``‖W_l‖₂``                                        cascade
-cascade              ``b_l = p_l``                                                    cascade, a posteriori
-l-obs                ``b_l = ‖Ẑ_l − Z_l‖ + ‖Ŵ_l‖_F b_{l−1}``                          L-OBS, Theorem 3.2; any
-operator             ``b_l = ε̂_l + ‖Ŵ_l‖₂ b_{l−1}``                                   any
-telescoped           ``b_L = Σ_l ‖h_l − h_{l−1}‖``                                    any; at the output
-===================  ===============================================================  ===========================
+===============  ==============================================  =======================================
+name             recursion                                       source; where it holds
+===============  ==============================================  =======================================
+paper            ``b_l = p_l + ‖W_l‖₁ b_{l−1}``                  Net-Trim, Theorem 1 rescaled; parallel
+paper            ``b_l = max(ε_l‖Y_l‖, √γ ‖W_l‖₁ b_{l−1})``      Net-Trim, Theorem 2 rescaled; cascade
+cascade product  as before with ``‖W_l‖₂``                       cascade
+cascade          ``b_l = p_l``                                   a posteriori; cascade
+l-obs            ``b_l = ‖Ẑ_l − Z_l‖ + ‖Ŵ_l‖_F b_{l−1}``         L-OBS, Theorem 3.2; any
+operator         ``b_l = ε̂_l + ‖Ŵ_l‖₂ b_{l−1}``                  any
+telescoped       ``b_L = Σ_l ‖h_l − h_{l−1}‖``                   any; at the output
+===============  ==============================================  =======================================
 
-``p_l`` is what the layer's solution promises on the inputs it was solved for; ``ε̂_l`` and ``Ẑ_l − Z_l`` are measured on clean inputs;
-``h_l`` is the output with the first ``l`` layers pruned. Norms leave the bias out. The theorems are stated for link-normalised
-networks, ``‖W_l‖₁ = 1``; dividing ``paper`` by ``Π_{j ≤ l} ‖W_j‖₁`` gives them back. ``‖·‖₂`` is the largest singular value of an
-exact decomposition in float64, raised by 1e-9 for its rounding.
+``p_l`` is what the layer's solution promises on the inputs it was solved for; ``ε̂_l`` and ``Ẑ_l − Z_l`` are
+measured on clean inputs; ``h_l`` is the output with the first ``l`` layers pruned. Norms leave the bias out.
+The theorems are stated for link-normalised networks, ``‖W_l‖₁ = 1``; dividing ``paper`` by ``Π_{j ≤ l} ‖W_j‖₁``
+gives them back. ``‖·‖₂`` is the largest singular value of an exact decomposition in float64, raised by 1e-9 for
+its rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,7 +47,8 @@ class Link:
     promised : float or None
         ``p_l``; None where the method promises nothing.
     asked : float or None
-        ``ε_l ‖Y_l‖`` where that is one side of the cascade's rule, 0 under the paper's rule, None where no radius was asked for.
+        ``ε_l ‖Y_l‖`` where that is one side of the cascade's rule, 0 under the paper's rule, None where no
+        radius was asked for.
     gamma, kappa, violation : float
         ``γ``, the risk factor, and the relative violation of the solution.
     halfspace : bool
@@ -72,8 +77,8 @@ class Link:
 
 
 def layer_bounds(links: list[Link], schedule: str) -> list[dict[str, float]]:
-    """Return for every layer the bounds on ``e_l`` that hold, by name. A bound that fails at one layer fails after it."""
-    rules = {"operator": _operator, "l-obs": _l_obs}
+    """Return for every layer the bounds on ``e_l`` that hold, by name; one that fails at a layer fails after it."""
+    rules: dict[str, Callable[[Link, float], float | None]] = {"operator": _operator, "l-obs": _l_obs}
     if schedule == "parallel":
         rules["paper"] = _paper_parallel
     else:
@@ -114,7 +119,7 @@ def _cascade_product(link: Link, before: float) -> float | None:
 
 
 def _cascade(link: Link, before: float, norm: float) -> float | None:
-    """``e_l² ≤ r_l² + ‖(V_l)₊‖²`` with ``d_l, ‖(V_l)₊‖ ≤ ‖W_l‖ e_{l−1}``: on Ω the dense residual, off it the dense excess."""
+    """``e_l² ≤ r_l² + ‖(V_l)₊‖²`` with ``d_l, ‖(V_l)₊‖ ≤ ‖W_l‖ e_{l−1}``: the dense residual on Ω and excess off it."""
     if not link.pruned:
         return norm * before
     if link.promised is None or (link.asked is None and not link.clean):
@@ -134,7 +139,7 @@ def _a_posteriori(link: Link, before: float) -> float | None:
 
 def telescoped(outputs: list[Tensor]) -> float:
     """Return ``Σ_l ‖h_l − h_{l−1}‖_F`` for the outputs with 0, 1, … layers pruned."""
-    return sum(float((b - a).norm()) for a, b in zip(outputs, outputs[1:], strict=False))
+    return sum(float((b - a).norm()) for a, b in pairwise(outputs))
 
 
 def spectral_norm(weight: Tensor) -> float:

@@ -1,7 +1,7 @@
 """One record per layer of what was promised and what was measured, and the bounds that join them.
 
-`build_ledger` makes every figure from weights, multipliers and activations alone. `prune` calls it once, and `verify` calls it
-again on what is stored: that the two agree is the check.
+`build_ledger` makes every figure from weights, multipliers and activations alone. `prune` calls it once, and
+`verify` calls it again on what is stored: that the two agree is the check.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer's line in the ledger. Errors are Frobenius norms over the calibration samples, in the units of the outputs.
+    """One layer's line in the ledger. Errors are Frobenius norms over the calibration samples, in the units of
+    the outputs.
 
     Attributes
     ----------
@@ -232,7 +233,7 @@ def build_ledger(
 
 
 def storage_bytes(weight: Tensor) -> dict[str, int]:
-    """Return the bytes of a weight ``(M, N)``: dense, CSR (int32 columns and row starts), and a bitmask with packed values."""
+    """Return the bytes of a weight ``(M, N)``: dense, CSR (int32 indices), and a bitmask with packed values."""
     item, kept = weight.element_size(), int((weight != 0).sum())
     return {
         "dense": weight.numel() * item,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -344,10 +345,10 @@ def _samples(name: str, batches: list[Batch], rows: Tensor) -> Samples:
 
 def _require_chain(graph: LayerGraph, recorded: dict[str, Recorded]) -> None:
     """Refuse a reshape between layers that changes what a sample is: errors would not compose row by row."""
-    for before, after in zip(graph.layers, graph.layers[1:], strict=False):
+    for before, after in pairwise(graph.layers):
         outputs, inputs = recorded[before.name].outputs, recorded[after.name].inputs
         if outputs.shape != inputs.shape:
             raise UnsupportedError(
-                f"between layers {before.name!r} and {after.name!r} the activations change from {tuple(outputs.shape)} to "
-                f"{tuple(inputs.shape)}: a reshape must stand before the first Linear layer."
+                f"between layers {before.name!r} and {after.name!r} the activations change from "
+                f"{tuple(outputs.shape)} to {tuple(inputs.shape)}: a reshape must stand before the first Linear layer."
             )

@@ -16,8 +16,8 @@ SCHEDULES = ("parallel", "cascade")
 def waves(graph: LayerGraph, schedule: str) -> list[list[str]]:
     """Return the names of the layers to prune, wave by wave; the layers of a wave do not wait for each other.
 
-    "parallel": one wave, every layer on the dense network's inputs. "cascade": one layer a wave, each on the inputs that
-    come through the pruned layers before it.
+    "parallel": one wave, every layer on the dense network's inputs. "cascade": one layer a wave, each on the inputs
+    that come through the pruned layers before it.
 
     Raises
     ------
@@ -38,7 +38,8 @@ def resolve_amount(graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
     graph : LayerGraph
     method : Method
     amounts : mapping
-        "epsilon", "sparsity" and "lam", exactly one not None: a number for every layer, or a dict from layer name to number.
+        "epsilon", "sparsity" and "lam", exactly one not None: a number for every layer, or a dict from layer
+        name to number.
 
     Raises
     ------

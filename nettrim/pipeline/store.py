@@ -1,8 +1,9 @@
 """A run directory: what lies where, written whole or not at all, read back without pickles.
 
-``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it was solved); ``samples/``
-(the rows that enter the first layer, and labels), from which `verify` replays the chain; ``ledger.json``; ``run.json``
-(settings, versions, host, fingerprints, and the digest of every other file).
+``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it
+was solved); ``samples/`` (the rows that enter the first layer, and labels), from which `verify` replays the
+chain; ``ledger.json``; ``run.json`` (settings, versions, host, fingerprints, and the digest of every other
+file).
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class RunStore:
     def resume(
         directory: str | Path, settings: dict[str, Any], calibration: Samples, held_out: Samples | None
     ) -> tuple[RunStore, dict[str, LayerEvidence]]:
-        """Go on with a run: return its store and the layers that are finished. An empty or absent directory starts anew.
+        """Go on with a run: return its store and the layers that are finished. An empty or absent directory
+        starts anew.
 
         Raises
         ------

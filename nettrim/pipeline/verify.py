@@ -1,7 +1,7 @@
 """Read a run directory back, and hold every stored figure against one that is computed anew.
 
-`verify` replays the chain in float64 from the stored rows and weights, rebuilds the ledger from that, and compares. Nothing is
-solved, and no figure of the ledger is used to make another.
+`verify` replays the chain in float64 from the stored rows and weights, rebuilds the ledger from that, and
+compares. Nothing is solved, and no figure of the ledger is used to make another.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def load_result(directory: str | Path, model: nn.Module | None = None) -> PruneR
     ----------
     directory : path
     model : nn.Module, optional
-        A module of the pruned network's class, into a copy of which the weights are loaded. Without it, the result's model is
-        an `nn.Sequential` that computes the same: no class is ever stored.
+        A module of the pruned network's class, into a copy of which the weights are loaded. Without it, the
+        result's model is an `nn.Sequential` that computes the same: no class is ever stored.
 
     Raises
     ------

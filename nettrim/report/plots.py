@@ -14,7 +14,8 @@ _COLOURS = ("#3b6fb6", "#e08a1e", "#3f9b6c")
 
 
 def plot_ledgers(ledgers: Mapping[str, Ledger], path: str | Path) -> None:
-    """Draw kept weights per layer, and promised against measured error per layer and at the output, one colour a ledger.
+    """Draw kept weights per layer, and promised against measured error per layer and at the output, one colour
+    a ledger.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def ledger_table(ledger: Ledger) -> str:
         "held-out",
         "s",
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for r in ledger.records:
         size = r.target_norm or 1.0
         rows.append(
@@ -91,7 +91,7 @@ def solution_table(solution: LayerSolution) -> str:
         ("status", f"{solution.status.name}: {solution.status.remedy}"),
         (
             "kept",
-            f"{kept} of {solution.weight.size if hasattr(solution.weight, 'size') and not callable(solution.weight.size) else solution.weight.numel()}",
+            f"{kept} of {solution.problem.n_outputs * solution.problem.n_inputs}",
         ),
         ("objective", f"{c.objective:.8g}"),
         ("lower bound", f"{c.lower_bound:.8g}"),

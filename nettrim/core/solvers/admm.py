@@ -1,7 +1,7 @@
 """ADMM, the method of the Net-Trim papers, in a form that reaches a certified gap.
 
-The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is sparse, and one factorisation of ``a XᵀX + b I`` serves
-every iteration. What differs from them, and why:
+The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is sparse, and one factorisation of ``a
+XᵀX + b I`` serves every iteration. What differs from them, and why:
 
 * inputs, targets and penalty are scaled first, so that the same settings serve any units;
 * the two penalties ``a`` (fit) and ``b`` (sparsity) are separate. ``a`` is a fraction of the ball's own multiplier
@@ -107,7 +107,8 @@ class Admm:
         if self.dtype != "auto":
             return _DTYPES[self.dtype]
         large = problem.samples * problem.n_inputs * problem.n_outputs >= 2e7
-        # a hard ceiling is met to 1e-6 of the largest target, and a tiny radius to 1e-6 of itself: float32 has 1e-7 in all
+        # a hard ceiling is met to 1e-6 of the largest target, and a tiny radius to 1e-6 of itself: float32 has
+        # 1e-7 in all
         coarse = tol >= 1e-4 and problem.form != "halfspace" and _relative_radius(problem) >= 1e-2
         return torch.float32 if large and coarse else torch.float64
 
@@ -123,8 +124,8 @@ def _relative_radius(problem: LayerProblem) -> float:
 class _Scaled:
     """The problem in units where targets and columns have size one; ``objective' = (k/s_y) · objective``.
 
-    Columns are divided by ``d_n``, which leaves them the square root of their relative size (full equalisation was measured
-    worse on image inputs, none at all worse on hidden layers) and takes outliers wholly.
+    Columns are divided by ``d_n``, which leaves them the square root of their relative size (full equalisation
+    was measured worse on image inputs, none at all worse on hidden layers) and takes outliers wholly.
     """
 
     def __init__(self, problem: LayerProblem, dtype: torch.dtype) -> None:
@@ -284,7 +285,7 @@ class _Iterate:
             self.a = wanted
 
     def _lam(self, gamma: Tensor) -> float:
-        """``‖Γ‖/r``, the multiplier of the squared distance; the median over the neurons where each has its own ball."""
+        """``‖Γ‖/r``, the multiplier of the squared distance; the median over neurons that have their own balls."""
         p = self.target
         if p.lam is not None:
             return p.lam

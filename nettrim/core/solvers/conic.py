@@ -7,20 +7,20 @@
 `Osqp`        operator splitting for quadratic programs [Stellato et al. 2020, Math. Prog. Comp. 12]
 ============  ==============================================================================================
 
-All three are fed by one model. With ``V = Uᵀ``, a residual ``R``, a slack ``S ≥ 0`` and the 0/1 masks ``on``, ``off`` of the
-active set::
+All three are fed by one model. With ``V = Uᵀ``, a residual ``R``, a slack ``S ≥ 0`` and the 0/1 masks ``on`` and
+``off`` of the active set::
 
     minimise    Σ |c ∘ V| + Σ on ∘ S  (+ (λ/2) ‖R‖²)
     subject to  X V + off ∘ S − R = T                   (``on ∘ R`` for halfspace; no ``S`` for linear)
                 ‖R‖ ≤ r                                 (unless there is λ)
 
-Minus the dual of the equality is ``Γ``: stationarity in ``V`` is ``|XᵀΓ| ≤ c``, in ``S`` it is ``Γ ≤ 0`` off the active set.
-``on ∘ S`` in the objective and ``c`` inside the absolute value leave no variable free to run away, which an interior-point
-method would follow.
+Minus the dual of the equality is ``Γ``: stationarity in ``V`` is ``|XᵀΓ| ≤ c``, in ``S`` it is ``Γ ≤ 0`` off the
+active set. ``on ∘ S`` in the objective and ``c`` inside the absolute value leave no variable free to run away,
+which an interior-point method would follow.
 
-Where the neurons are independent (``lam``, or a ball each), they are solved one after the other. Models are built once per
-shape and then fed numbers. Not those of large problems, though: building a parametrised model takes memory in proportion
-to variables times parameters, so there the numbers are constants of a model that is built for them.
+Where the neurons are independent (``lam``, or a ball each), they are solved one after the other. Models are built
+once per shape and then fed numbers. Not those of large problems, though: building a parametrised model takes memory
+in proportion to variables times parameters, so there the numbers are constants of a model that is built for them.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ Array = NDArray[np.float64]
 _MAX_ENTRIES = 20_000_000
 # variables × parameters of a model that is kept: 8 bytes each, three times, while it is built
 _MAX_SHARED = 20_000_000
-# a penalised weight below the first fraction of its neuron's largest is noise; below the second it is, where its
+# a penalised weight below the first fraction of its neuron's largest is noise
+_NOISE = 1e-8
+# and below the first fraction of that or (where the whole neuron is noise) the second of the layer's unit, if its
 # multiplier stays under the penalty by the third, which that of a kept weight does not
-_NOISE, _SMALL, _SLACK = 1e-8, 1e-3, 1e-4
+_SMALL, _TINY, _SLACK = 1e-3, 1e-6, 1e-4
 
 
 @dataclass(frozen=True)
@@ -307,14 +309,15 @@ class _Scaled:
 
     def pruned(self, found: _Found, noise_only: bool) -> Array:
         """Return ``V`` with exact zeros where a zero came out as noise."""
-        assert found.weight is not None and found.multipliers is not None
+        assert found.weight is not None
+        assert found.multipliers is not None
         size = np.abs(found.weight)
         largest = size.max(axis=0)
         penalty = self.numbers.penalty
         zero = size <= _NOISE * largest
         if not noise_only:
             pull = np.abs(self.numbers.inputs.T @ found.multipliers)
-            zero |= (size <= _SMALL * largest) & (pull < (1 - _SLACK) * penalty)
+            zero |= (size <= np.maximum(_SMALL * largest, _TINY)) & (pull < (1 - _SLACK) * penalty)
         # a free weight is never pruned, however small, except where it multiplies nothing
         return np.where((zero & (penalty > 0)) | self.empty[:, None], 0.0, found.weight)
 

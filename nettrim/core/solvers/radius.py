@@ -1,9 +1,10 @@
 """A radius for solvers that know only the regularised problem, by a root in ``λ``; and what one neuron's radius means.
 
-The solutions of ``min Σ c|U| + (λ/2) dist²`` are those of the ball whose radius is their ``dist``, and ``dist(λ)`` falls from
-``λ = 0`` to the smallest distance that any weight reaches. While support, signs and active samples stay the same,
-``dist² = A + B / λ²`` holds exactly (the residual of the least-squares fit on the support is orthogonal to what the ``ℓ1`` term
-adds to it), so a secant in those two quantities ends in a few steps; it is kept inside a bracket by bisection of ``log λ``.
+The solutions of ``min Σ c|U| + (λ/2) dist²`` are those of the ball whose radius is their ``dist``, and ``dist(λ)``
+falls from ``λ = 0`` to the smallest distance that any weight reaches. While support, signs and active samples stay
+the same, ``dist² = A + B / λ²`` holds exactly (the residual of the least-squares fit on the support is orthogonal to
+what the ``ℓ1`` term adds to it), so a secant in those two quantities ends in a few steps; it is kept inside a bracket
+by bisection of ``log λ``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from nettrim.core.solution import FEASIBLE, Status
 from nettrim.core.solvers.base import Limits, RawAnswer, Solver, Start
 from nettrim.errors import ProblemError
 
-# a bracket is looked for in steps of this factor, and λ has no meaning in float64 beyond so many of them
-_STEP, _STEPS = 10.0, 16
-# a distance that falls by less than this, relative, while λ grows by _STEP has reached its limit
+# the factors by which λ moves until there is a bracket; beyond their product it means nothing in float64
+_STEPS = (10.0, 100.0, 1e4, 1e4, 1e4, 1e4)
+# a distance that falls by less than this, relative, while λ grows by such a factor has reached its limit
 _STALLED = 1e-6
 
 
@@ -65,7 +66,9 @@ class Radius:
         for m in range(problem.n_outputs):
             neuron = one_neuron(problem, m)
             own = None if start is None else Start(start.weight[m : m + 1], start.multipliers[:, m : m + 1])
-            answers.append(_Root(self, neuron, limits).find(_first_lam(neuron, own)))
+            answer = _Root(self, neuron, limits).find(_first_lam(neuron, own))
+            # one λ is worth a note, one per neuron is not
+            answers.append(replace(answer, note="") if answer.otherwise is Status.MAX_ITER else answer)
         return join_neurons(answers)
 
 
@@ -115,8 +118,8 @@ class _Root:
         return replace(best.answer, iterations=self.iterations, otherwise=otherwise, note=note)
 
     def _bracket(self, lam: float) -> bool:
-        """Move ``λ`` until the wanted distance lies between two points; return whether there is anything to close in."""
-        for _ in range(_STEPS):
+        """Move ``λ`` until the wanted distance lies between two points; return whether there are two."""
+        for step in _STEPS:
             before = self.near
             point = self._solve(lam)
             if point is None or self._good(point):
@@ -126,15 +129,16 @@ class _Root:
             if point is self.near:
                 if before is not None and before.distance - point.distance < _STALLED * before.distance:
                     return False
-                lam *= _STEP
+                lam *= step
             else:
-                lam /= _STEP
+                lam /= step
         # nothing but the feasible side: the radius does not bind, and at so small a λ it costs nothing
         return False
 
     def _close_in(self) -> None:
         """Shrink the bracket until a distance lies within a hair below the radius."""
-        assert self.near is not None and self.fits is not None
+        assert self.near is not None
+        assert self.fits is not None
         width = math.inf
         while self.solves < self.settings.max_solves:
             ratio = self.fits.lam / self.near.lam
@@ -151,12 +155,12 @@ class _Root:
                 return
 
     def _secant(self, near: _Point, fits: _Point) -> float:
-        """Return where the line through two points of ``(λ⁻², dist²)`` meets the wanted distance, strictly between them."""
+        """Return where the line through ``(λ⁻², dist²)`` meets the wanted distance, strictly between the points."""
         top = fits.lam**-2
         slope = (near.lam**-2 - top) / (near.distance**2 - fits.distance**2)
         square = top + slope * (self.wanted**2 - fits.distance**2)
         inside = (fits.lam / near.lam) ** 1e-3
-        lam = square**-0.5 if square > 0 else fits.lam
+        lam = 1 / math.sqrt(square) if square > 0 else fits.lam
         return min(max(lam, near.lam * inside), fits.lam / inside)
 
     def _good(self, point: _Point) -> bool:
@@ -185,7 +189,8 @@ class _Root:
 
 def _first_lam(problem: LayerProblem, start: Start | None) -> float:
     """Return ``‖Γ‖/r`` of the start, or else where the first weight leaves zero, over ``epsilon²``."""
-    assert isinstance(problem.radius, float) and problem.penalty is not None
+    assert isinstance(problem.radius, float)
+    assert problem.penalty is not None
     if start is not None:
         norm = float(torch.linalg.vector_norm(start.multipliers.double()))
         if norm > 0:
@@ -203,7 +208,8 @@ def one_neuron(problem: LayerProblem, m: int) -> LayerProblem:
 
     A radius of 0 becomes a hair: half of what still counts as feasible, measured as `measure_fit` does.
     """
-    assert problem.penalty is not None and problem.active is not None
+    assert problem.penalty is not None
+    assert problem.active is not None
     column = slice(m, m + 1)
     radius = problem.radius
     if isinstance(radius, Tensor):
