@@ -274,6 +274,7 @@ KINDS: dict[str, str] = {
     "plain": "nothing",
     "rank-deficient": "XᵀX is singular",
     "constant column": "a penalised bias column",
+    "dead input": "one input is always 0",
     "dead neuron": "one neuron never fires",
     "all active": "no inactive sample",
     "few samples": "P < N",
@@ -363,6 +364,8 @@ def _draw(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         x = x[:, :3] @ draw(3, n)
     elif kind in ("constant column", "free bias"):
         x[:, -1] = 1
+    elif kind == "dead input":
+        x[:, 2] = 0
     elif kind == "dead neuron":
         x, w[1] = x.abs(), -w[1].abs()
     elif kind == "all active":
@@ -377,5 +380,7 @@ def _draw(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         factors[0], factors[1] = 1e4, 1e-4
         x, w = x * factors, w / factors
     elif kind == "cascade":
-        seen, x = x, x + 0.2 * draw(samples, n)
+        # inputs that are outputs of a ReLU, as in a chain: what lies below every ceiling has an interior
+        seen = x.abs()
+        x = (seen + 0.2 * draw(samples, n)).clamp(min=0)
     return x, w, x if seen is None else seen

@@ -209,11 +209,9 @@ def _centre_free_columns(problem: LayerProblem, gamma: Tensor) -> tuple[Tensor, 
 
 
 def _largest_scales(penalty: Tensor, products: Tensor) -> Tensor:
-    """Return ``max t_m`` with ``t_m |XᵀΓ|_nm ≤ c_mn``, free columns left out; 0 for a column of zeros."""
+    """Return ``max t_m`` with ``t_m |XᵀΓ|_nm ≤ c_mn``, free columns left out; infinite where ``XᵀΓ_m = 0``."""
     size = products.abs()
-    ratio = torch.where((penalty > 0) & (size > 0), penalty / size, torch.inf)
-    largest = ratio.amin(0)
-    return torch.where(torch.isfinite(largest), largest, 0.0)
+    return torch.where((penalty > 0) & (size > 0), penalty / size, torch.inf).amin(0)
 
 
 def _best_scales(problem: LayerProblem, linear: Tensor, square: Tensor, largest: Tensor) -> Tensor:
@@ -229,6 +227,10 @@ def _best_scales(problem: LayerProblem, linear: Tensor, square: Tensor, largest:
         best = torch.where(square > 0, problem.lam * gain / square, torch.inf)
         return torch.where(usable, torch.minimum(largest, best), 0.0)
     assert problem.radius is not None
+    # any finite scale of an unlimited neuron is valid; this one is as good as unlimited beside the others
+    finite = torch.isfinite(largest)
+    ceiling = float(largest[finite].max()) if bool(finite.any()) else 1.0
+    largest = torch.where(finite, largest, 1e6 * max(ceiling, 1.0))
     if isinstance(problem.radius, Tensor):
         return torch.where(usable & (linear > problem.radius * square.sqrt()), largest, 0.0)
     # neurons without a norm term (halfspace, no active sample) saturate at once

@@ -284,7 +284,7 @@ def build_problem(
             radius = epsilon * torch.linalg.vector_norm(y.double(), dim=0)
         else:
             radius = epsilon * float(torch.linalg.vector_norm(y.double()))
-        if float(torch.as_tensor(radius).max()) == 0:
+        if float(torch.as_tensor(radius, dtype=torch.float64).max()) == 0:
             # all targets are zero (only dead neurons): any radius gives the zero weight
             radius = torch.finfo(torch.float64).tiny ** 0.5
     elif per_neuron and not isinstance(radius, Tensor):

@@ -27,7 +27,7 @@ def ball_step(residual: Tensor, radius: Tensor | float, per_neuron: bool = False
     return residual * shrink
 
 
-def quadratic_step(residual: Tensor, lam: float, rho: float) -> Tensor:
+def quadratic_step(residual: Tensor, lam: float, rho: Tensor | float) -> Tensor:
     """``A − argmin_W (λ/2) dist²(W, K) + (ρ/2)‖W − A‖²  =  λ/(λ + ρ)·R``,  ``R = A − P_K(A)``.
 
     [Beck, First-Order Methods in Optimization, 2017, §6.6]

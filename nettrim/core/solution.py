@@ -62,9 +62,9 @@ class SolveStats:
 
 @dataclass(frozen=True, eq=False)
 class LayerSolution:
-    """One solved layer. `weight` and `multipliers` are of the kind (torch or NumPy) and dtype of the inputs.
+    """One solved layer. `weight (M, N)` is of the kind (torch or NumPy) and dtype of the inputs.
 
-    `multipliers (P, M)` is the feasible ``Γ`` behind the certificate: ``|XᵀΓ| ≤ c``, ``Γ ≤ 0`` off the active set.
+    `multipliers (P, M)`, float64, is the feasible ``Γ`` behind the certificate: ``|XᵀΓ| ≤ c``, ``Γ ≤ 0`` off the active set.
     """
 
     weight: Any

@@ -296,7 +296,7 @@ def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
         dense_bias=stored(task.bias),
         weight=weight,
         bias=stored(result.bias),
-        multipliers=stored(result.multipliers),
+        multipliers=result.multipliers,
         promised=result.promised,
         facts=result.facts | {task.amount: task.value},
         seconds=result.seconds,

@@ -1,7 +1,7 @@
 """A second opinion in plain NumPy: nothing here comes from `nettrim.core.certificate`.
 
-Every check raises AssertionError by itself and returns None or the number that it computed; `test_helpers.py` shows that
-each of them fails on a wrong answer.
+Every check raises AssertionError by itself and returns None or the number that it computed; `test_helpers.py`
+shows that each of them fails on a wrong answer.
 """
 
 from __future__ import annotations
@@ -91,14 +91,16 @@ def objective(problem: LayerProblem, weight: Any) -> float:
 
 def dual_bound(problem: LayerProblem, multipliers: Any, rtol: float | None = None) -> float:
     """The lower bound of multipliers as they are, which must be feasible as they are."""
+    rounding = 2.2e-16 if "float64" in str(multipliers.dtype) else 1.2e-7
     if rtol is None:
-        rtol = 1e-9 if "float64" in str(multipliers.dtype) else 1e-5
+        rtol = 1e-9 if rounding < 1e-9 else 1e-5
     n, gamma = numbers(problem), array(multipliers)
     assert gamma.shape == n.y.shape, f"multipliers have shape {gamma.shape}, targets {n.y.shape}"
     assert np.isfinite(gamma).all(), "multipliers are not finite"
     assert (gamma[~n.active] <= 0).all(), f"a multiplier off the active set is {gamma[~n.active].max():g} > 0"
-    products = np.abs(n.x.T @ gamma)
-    allowed = np.where(n.c > 0, n.c * (1 + rtol), rtol * (np.abs(n.x).T @ np.abs(gamma)))
+    # what the products would be if nothing cancelled: the size that rounding is relative to
+    products, size = np.abs(n.x.T @ gamma), np.abs(n.x).T @ np.abs(gamma)
+    allowed = np.where(n.c > 0, n.c * (1 + rtol) + 4 * rounding * size, rtol * size)
     assert (products <= allowed).all(), f"|XᵀΓ| exceeds c by {(products - allowed).max():g}"
     counted = np.where(n.active, gamma, 0.0) if problem.form == "halfspace" else gamma
     value = float((gamma * n.t).sum())
@@ -117,9 +119,8 @@ def assert_certified(solution: LayerSolution, tol: float) -> None:
     assert np.isfinite(weight).all(), "the weight is not finite"
     found = objective(problem, weight)
     np.testing.assert_allclose(claim.objective, found, rtol=1e-9, atol=1e-300, err_msg="objective")
-    np.testing.assert_allclose(
-        claim.distance, distance(problem, weight), rtol=1e-9, atol=1e-300, err_msg="distance"
-    )
+    rounding = 1e-12 * np.linalg.norm(array(problem.targets))
+    np.testing.assert_allclose(claim.distance, distance(problem, weight), rtol=1e-9, atol=rounding, err_msg="distance")
     broken = violation(problem, weight)
     np.testing.assert_allclose(claim.violation, broken, rtol=1e-9, atol=1e-9, err_msg="violation")
     bound = dual_bound(problem, solution.multipliers)

@@ -92,9 +92,7 @@ def test_ridge_inverse_works_in_the_dtype_of_the_inputs(shape):
     ridge.update(1.0, 0.5)
     matrix = x.double().T @ x.double() + 0.5 * torch.eye(shape[1], dtype=torch.float64)
     assert ridge.apply(v).dtype == torch.float32
-    torch.testing.assert_close(
-        ridge.apply(v), torch.linalg.solve(matrix, v.double()).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(ridge.apply(v), torch.linalg.solve(matrix, v.double()).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20)])

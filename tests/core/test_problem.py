@@ -63,7 +63,7 @@ def test_dtypes(which, dtype):
 
 def test_mixed_dtypes():
     x, y = data()
-    with pytest.raises(ProblemError, match="inputs is torch.float64 on cpu, targets is torch.float32"):
+    with pytest.raises(ProblemError, match=r"inputs is torch\.float64 on cpu, targets is torch\.float32"):
         LayerProblem(x, y.float(), radius=1.0)
 
 

@@ -76,4 +76,4 @@ def test_reproduces_the_weights_that_the_authors_shipped(data_directory, layer, 
     assert int(((shipped != 0) != (result.weight != 0)).sum()) == 0
     assert int(((shipped_bias != 0) != (result.bias != 0)).sum()) == 0
     assert float((result.weight - shipped).norm() / shipped.norm()) < 1e-6
-    assert result.facts["E"] == pytest.approx(error, rel=1e-6)
+    assert result.facts["E"] == pytest.approx(error, rel=5e-6)  # stated to six digits

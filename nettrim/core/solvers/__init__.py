@@ -72,12 +72,12 @@ def solve_problem(
     start : Start, optional
         Where to start from.
     round_to : torch.dtype, optional
-        Round weight and multipliers to this dtype before they are certified, because they will be stored in it.
+        Round the weight to this dtype before it is certified, because it will be stored in it.
 
     Returns
     -------
     LayerSolution
-        Its tensors are torch tensors in the dtype of the problem.
+        Its weight is a torch tensor in the dtype of the problem, its multipliers are float64.
 
     Raises
     ------
@@ -100,13 +100,13 @@ def solve_problem(
     if answer is None:
         deadline = None if max_seconds is None else began + max_seconds
         answer = chosen.run(problem, Limits(tol, deadline), start)
-    stored = problem.inputs.dtype if round_to is None else round_to
-    weight = answer.weight.to(stored).to(problem.inputs)
+    # rounded first: what is certified is what is returned, and what will be stored
+    weight = answer.weight.to(problem.inputs.dtype if round_to is None else round_to).to(problem.inputs)
     candidate = answer.multipliers
     if candidate is None:
         candidate = -measure_fit(problem, weight).residual
-    # rounded first: what is certified is what is returned, and what can be stored
-    multipliers = feasible_multipliers(problem, candidate).multipliers.to(stored).to(problem.inputs)
+    # multipliers stay float64: rounded, they would break |XᵀΓ| ≤ c where columns differ much in size
+    multipliers = feasible_multipliers(problem, candidate).multipliers
     certificate = certify(problem, weight, multipliers)
     status = judge(certificate, tol, answer.otherwise)
     if status is Status.NOT_FEASIBLE and _beyond_reach(problem):
@@ -194,7 +194,7 @@ def solve_layer(
     Returns
     -------
     LayerSolution
-        `weight (M, N)` and `multipliers (P, M)` are of the kind (torch or NumPy) and dtype of `inputs`.
+        `weight (M, N)` is of the kind (torch or NumPy) and dtype of `inputs`, `multipliers (P, M)` is float64.
 
     Raises
     ------

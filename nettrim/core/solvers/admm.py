@@ -4,9 +4,9 @@ The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is s
 XᵀX + b I`` serves every iteration. What differs from them, and why:
 
 * inputs, targets and penalty are scaled first, so that the same settings serve any units;
-* the two penalties ``a`` (fit) and ``b`` (sparsity) are separate. ``a`` is a fraction of the ball's own multiplier
-  ``λ = ‖Γ‖/r``, which is estimated on the way: less of it where the bound lags, more where feasibility does. ``b`` is
-  balanced by its residuals [Boyd et al. 2011, §3.4.1];
+* the two penalties ``a`` (fit) and ``b`` (sparsity) are separate. ``a`` is a multiple of ``‖Γ‖/‖Y‖``, estimated on the
+  way: less of it where the bound lags, more where feasibility does. (A fixed fraction of ``λ = ‖Γ‖/r`` serves wide
+  balls only: at ``r = 10⁻³ ‖Y‖`` it never certified.) ``b`` is balanced by its residuals [Boyd et al. 2011, §3.4.1];
 * over-relaxation by 1.8 [Boyd et al. 2011, §3.4.3];
 * it aims at a radius a hair smaller, so that the sparse iterate itself becomes feasible and is returned as it is;
 * it stops on the certificate (evaluated in the working dtype), on `max_iter` or on the clock, and on nothing else.
@@ -43,16 +43,16 @@ class Admm:
     relaxation : float in [1, 2)
         Over-relaxation.
     ratio : float > 0
-        The first penalty of the fit, as a fraction of ``λ``.
+        The first penalty of the fit, in units of ``‖Γ‖/‖Y‖``, the multipliers per unit of the targets.
     dtype : {"auto", "float32", "float64"}
         What the iterations run in. "auto" takes float32 for large problems whose radius and tolerance it resolves.
     check_every : int
         Iterations between two evaluations of the certificate, each about one GEMM pair.
     """
 
-    max_iter: int = 5000
+    max_iter: int = 20_000
     relaxation: float = 1.8
-    ratio: float = 0.2
+    ratio: float = 2.0
     dtype: str = "auto"
     check_every: int = 20
 
@@ -141,12 +141,12 @@ class _Scaled:
         penalty = problem.penalty * (self.k / self.columns)
         self.original = problem
         self.problem = LayerProblem(
-            inputs=(problem.inputs / self.columns.to(problem.inputs.dtype)).to(dtype),
-            targets=(problem.targets / self.size).to(dtype),
+            inputs=problem.inputs.to(dtype) / self.columns.to(dtype),
+            targets=problem.targets.to(dtype) / self.size,
             form=problem.form,
             radius=None if problem.radius is None else problem.radius / self.size,
             lam=None if problem.lam is None else problem.lam * self.k * self.size,
-            ceiling=None if problem.ceiling is None else (problem.ceiling / self.size).to(dtype),
+            ceiling=None if problem.ceiling is None else problem.ceiling.to(dtype) / self.size,
             penalty=penalty,
             active=problem.active,
         )
@@ -179,8 +179,12 @@ class _Iterate:
             zero = torch.zeros((), dtype=p.inputs.dtype, device=p.inputs.device)
             self.floor = torch.where(p.active, zero - torch.inf, zero)
         self.ratio = settings.ratio
+        # with balls of their own, or with lam, the neurons are independent: each has an `a`, and they share b/a
+        self.axis = 0 if p.per_neuron or p.lam is not None else None
+        self.size = self._norm(self.anchor).clamp(min=1e-30)
         self.inverse = RidgeInverse(p.inputs)
-        self.a = self.b = 1.0
+        self.a = torch.ones_like(self.size)
+        self.beta = 0.3 * (self.inverse.mean_diagonal or 1.0)
         self.constant_column = _constant_column(p) if p.form == "halfspace" else None
 
     def begin(self, start: Start | None) -> None:
@@ -195,13 +199,15 @@ class _Iterate:
         if start is not None:
             self.u, gamma = self.scaled.into(start)
             self.z = p.inputs @ self.u
-        lam = self._first_lam() if gamma is None else self._lam(gamma) or self._first_lam()
-        self.a = self.ratio * lam
-        self.b = 0.3 * self.a * self.inverse.mean_diagonal
+        # without multipliers the residual is guessed to be the radius, or a tenth of the targets
+        epsilon = 0.1 if p.radius is None else _relative_radius(p)
+        self.a = min(1.0, self.ratio * epsilon) * self._first_lam()
         if gamma is not None:
+            wanted = self._wanted(gamma)
+            self.a = torch.where(wanted > 0, wanted, self.a)
             self.z_dual = gamma / self.a
-            self.u_dual = -(p.inputs.T @ gamma) / self.b
-        self.inverse.update(self.a, self.b)
+            self.u_dual = -(p.inputs.T @ gamma) / (self.beta * self.a)
+        self.inverse.update(1.0, self.beta)
 
     def advance(self) -> None:
         """Make one iteration."""
@@ -213,9 +219,9 @@ class _Iterate:
         self.step = step = self._fit_step(step)
         # T₁ = α W₁ + (1 − α) Z + D₁ with W₁ = (Z − D₁) − step
         self.z.add_(self.z_dual, alpha=1 - alpha).sub_(step, alpha=alpha)
-        self.w2 = soft_threshold(self.u - self.u_dual, self.penalty / self.b)
+        self.w2 = soft_threshold(self.u - self.u_dual, self.penalty / (self.beta * self.a))
         t2 = alpha * self.w2 + (1 - alpha) * self.u + self.u_dual
-        self.u = self.inverse.apply(self.a * (p.inputs.T @ self.z) + self.b * t2)
+        self.u = self.inverse.apply((p.inputs.T @ self.z).add_(t2, alpha=self.beta))
         z = p.inputs @ self.u
         self.z_dual = self.z.sub_(z)
         self.u_dual = t2.sub_(self.u)
@@ -253,62 +259,83 @@ class _Iterate:
 
     def adapt_ratio(self, best: _Best, tol: float) -> bool:
         """Move the fit's penalty towards what lags, the bound or the feasibility; say whether anything changed."""
-        before = self.a
         if self.problem.lam is None:
             if best.last_violation <= 0 and best.last_gap > tol:
-                self.ratio = max(0.02, self.ratio / 1.5)
-            elif best.last_violation > 0.5 * abs(best.last_gap):
-                self.ratio = min(1.0, self.ratio * 1.5)
-            self._set_a()
-        return self.a != before
+                self.ratio = max(0.05, self.ratio / 1.5)
+            elif best.last_violation * self._price(best) > 0.5 * abs(best.last_gap):
+                self.ratio = min(100.0, self.ratio * 1.5)
+            self._follow()
+        return self.problem.lam is None
+
+    def _price(self, best: _Best) -> float:
+        """What a relative violation costs: the root of ``r ‖Γ‖ / objective``, 1 at the most.
+
+        To first order the objective falls by ``‖Γ‖ dr``. Without this, the first violations of a narrow ball, a
+        thousandfold of ``r``, drive ``a`` out of all proportion; the root was measured quicker than the cost itself.
+        """
+        p = self.target
+        if p.form == "halfspace" or best.last_objective <= 0:
+            return 1.0
+        assert p.radius is not None
+        gamma = self._norm(self.step) * self.a
+        cost = float((gamma * torch.as_tensor(p.radius).to(gamma)).sum())
+        return min(1.0, cost / best.last_objective) ** 0.5
 
     def balance_sparsity(self) -> None:
-        """Balance ``b`` by its primal and dual residual, and follow ``λ`` with ``a``."""
+        """Balance ``b = βa`` by its primal and dual residual, and follow the multipliers with ``a``."""
         primal = float(torch.linalg.vector_norm(self.w2 - self.u))
         dual = float(torch.linalg.vector_norm(self.u - self.u_before))
         if primal > 0 and dual > 0:
             factor = min(5.0, max(0.2, (primal / dual) ** 0.5))
-            self.b *= factor
+            self.beta *= factor
             self.u_dual /= factor
-        if self.problem.lam is None:
-            self._set_a()
+        self._follow()
 
     def refactor(self) -> None:
-        """Factorise for the present ``a`` and ``b``."""
-        self.inverse.update(self.a, self.b)
+        """Factorise for the present ``β``."""
+        self.inverse.update(1.0, self.beta)
 
-    def _set_a(self) -> None:
-        lam = self._lam(self.step * self.a)
-        if lam > 0:
-            wanted = min(max(self.ratio * lam, self.a / 5), self.a * 5)
-            self.z_dual *= self.a / wanted
-            self.a = wanted
+    def _follow(self) -> None:
+        """Move ``a`` to where the present multipliers want it, by a factor of 5 at the most; ``b`` stays (nearly)."""
+        wanted = self._wanted(self.step * self.a)
+        wanted = torch.where(wanted > 0, wanted, self.a).clamp(self.a / 5, self.a * 5)
+        change = self.a / wanted
+        common = float(change.median())
+        self.z_dual *= change
+        self.u_dual *= change / common
+        self.beta *= common
+        self.a = wanted
 
-    def _lam(self, gamma: Tensor) -> float:
-        """``‖Γ‖/r``, the multiplier of the squared distance; the median over neurons that have their own balls."""
+    def _wanted(self, gamma: Tensor) -> Tensor:
+        """``a = min(λ, ratio · ‖Γ‖/‖T‖)``: ``Γ`` per unit of the targets, and no stiffer than the squared distance."""
+        wanted = self.ratio * self._norm(gamma) / self.size
+        if self.problem.form == "halfspace":
+            return wanted  # most of Γ belongs to the ceiling there, of which λ says nothing
+        return torch.minimum(wanted, self._lam(gamma))
+
+    def _norm(self, of: Tensor) -> Tensor:
+        """The Frobenius norm, or each neuron's own where the neurons are independent."""
+        return torch.linalg.vector_norm(of, dim=self.axis)
+
+    def _lam(self, gamma: Tensor) -> Tensor:
+        """``λ``, the multiplier of half the squared distance: given, or ``‖Γ‖/r``."""
         p = self.target
         if p.lam is not None:
-            return p.lam
-        if p.form == "halfspace":
-            assert p.active is not None
-            gamma = torch.where(p.active, gamma, 0.0)
-        if isinstance(p.radius, Tensor):
-            norms = torch.linalg.vector_norm(gamma.double(), dim=0)
-            used = (norms > 0) & (p.radius > 0)
-            return float((norms / p.radius)[used].median()) if bool(used.any()) else 0.0
+            return torch.full_like(self.size, p.lam)
         assert p.radius is not None
-        return float(torch.linalg.vector_norm(gamma)) / p.radius
+        return self._norm(gamma) / torch.as_tensor(p.radius).to(gamma).clamp(min=1e-30)
 
-    def _first_lam(self) -> float:
-        """Guess ``λ``: where the median neuron leaves zero, over ``epsilon²`` (measured: ``λ ∝ epsilon⁻²`` nearly)."""
+    def _first_lam(self) -> Tensor:
+        """Guess ``λ``: where a (the median) neuron leaves zero, over ``epsilon²`` (measured: ``λ ∝ epsilon⁻²`` nearly)."""
         p = self.problem
         if p.lam is not None:
-            return p.lam
+            return torch.full_like(self.size, p.lam)
         pull = (p.inputs.T @ self.anchor).abs()
         leaves = torch.where((pull > 0) & (self.penalty > 0), self.penalty / pull, torch.inf).amin(0)
-        finite = leaves[torch.isfinite(leaves)]
+        finite = torch.isfinite(leaves)
+        typical = leaves[finite].median() if bool(finite.any()) else leaves.new_ones(())
         epsilon = min(1.0, max(1e-4, _relative_radius(p)))
-        return float(finite.median()) / epsilon**2 if finite.numel() else 1.0
+        return (typical if self.axis is None else torch.where(finite, leaves, typical)) / epsilon**2
 
 
 class _Best:
@@ -319,7 +346,7 @@ class _Best:
         self.objective, self.bound = float("inf"), -float("inf")
         self.violation = float("inf")
         self.weight = self.multipliers = problem.inputs.new_empty(0)
-        self.last_gap = self.last_violation = float("inf")
+        self.last_gap = self.last_violation = self.last_objective = float("inf")
 
     def consider(self, weight: Tensor, multipliers: Tensor) -> None:
         """Evaluate an iterate's ``(N, M)`` weight and ``(P, M)`` multipliers, and keep what is better."""
@@ -336,7 +363,7 @@ class _Best:
         violation = fit.violation if fit.violation > allowed else 0.0
         if (violation, objective) < (self.violation, self.objective):
             self.violation, self.objective, self.weight = violation, objective, weight.clone()
-        self.last_violation = violation
+        self.last_violation, self.last_objective = violation, objective
         self.last_gap = _relative(objective - self.bound, objective)
 
     @property

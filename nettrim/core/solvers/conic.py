@@ -58,7 +58,51 @@ _SMALL, _TINY, _SLACK = 1e-3, 1e-6, 1e-4
 
 
 @dataclass(frozen=True)
-class Clarabel:
+class _Backend:
+    """What differs between the solvers: cvxpy's name, its options, and the name of the one for the clock."""
+
+    name: str
+    options: dict[str, Any]
+    clock: str
+
+
+@dataclass(frozen=True)
+class _Conic:
+    """What the three solvers share: two settings and everything but the names of the options."""
+
+    tol: float
+    max_iter: int
+
+    def __post_init__(self) -> None:
+        """Refuse settings that stop nowhere."""
+        if not (self.tol > 0 and self.max_iter >= 1):
+            raise ProblemError(
+                f"{type(self).__name__} needs tol > 0 and max_iter ≥ 1: {self.tol} and {self.max_iter} were given."
+            )
+
+    def refuses(self, problem: LayerProblem) -> str | None:
+        """Refuse what is too large for a conic model."""
+        entries = problem.samples * problem.n_inputs * (problem.n_outputs if _coupled(problem) else 1)
+        if entries <= _MAX_ENTRIES:
+            return None
+        return (
+            f"{type(self).__name__} would need a conic model of {entries:.2g} entries (samples × inputs"
+            f"{' × outputs' if _coupled(problem) else ''}), more than {_MAX_ENTRIES:.0e}: use solver='admm'."
+        )
+
+    def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
+        """Solve, always from zero, so that an answer does not depend on what was solved before."""
+        if problem.n_outputs > 1 and not _coupled(problem):
+            neurons = (one_neuron(problem, m) for m in range(problem.n_outputs))
+            return join_neurons([_run_one(self._backend(), neuron, limits) for neuron in neurons])
+        return _run_one(self._backend(), one_neuron(problem, 0) if problem.per_neuron else problem, limits)
+
+    def _backend(self) -> _Backend:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Clarabel(_Conic):
     """Clarabel, an interior-point method: all forms, radius or lam, in some 20 iterations of one factorisation each.
 
     Parameters
@@ -66,7 +110,33 @@ class Clarabel:
     tol : float > 0
         Its feasibility and gap tolerances, absolute and relative, in scaled units.
     max_iter : int
-        Iterations at the most.
+        Iterations at the most, for each model.
+
+    Raises
+    ------
+    ProblemError
+        A tolerance or limit ≤ 0.
+    """
+
+    tol: float = 1e-11
+    max_iter: int = 200
+
+    def _backend(self) -> _Backend:
+        options = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), self.tol)
+        # where it stalls, its last iterate: the certificate judges it
+        return _Backend("CLARABEL", {**options, "max_iter": self.max_iter, "accept_unknown": True}, "time_limit")
+
+
+@dataclass(frozen=True)
+class Scs(_Conic):
+    """SCS, a first-order conic method: all forms, radius or lam.
+
+    Parameters
+    ----------
+    tol : float > 0
+        Its ``eps_abs`` and ``eps_rel``, in scaled units.
+    max_iter : int
+        Iterations at the most, for each model.
 
     Raises
     ------
@@ -75,65 +145,15 @@ class Clarabel:
     """
 
     tol: float = 1e-9
-    max_iter: int = 200
+    max_iter: int = 100_000
 
-    def __post_init__(self) -> None:
-        """Refuse settings that stop nowhere."""
-        _check_settings(self, self.tol, self.max_iter)
-
-    def refuses(self, problem: LayerProblem) -> str | None:
-        """Refuse what is too large for a conic model."""
-        return _too_large(self, problem)
-
-    def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
-        """Solve; `start` is of no use to an interior-point method."""
-        options = {
-            "tol_gap_abs": self.tol,
-            "tol_gap_rel": self.tol,
-            "tol_feas": self.tol,
-            "max_iter": self.max_iter,
-            # the last iterate where it stalls: the certificate judges it
-            "accept_unknown": True,
-        }
-        return _run(_Backend("CLARABEL", options, "time_limit"), problem, limits)
-
-
-@dataclass(frozen=True)
-class Scs:
-    """SCS, a first-order conic method: all forms, radius or lam.
-
-    Parameters
-    ----------
-    tol : float > 0
-        Its ``eps_abs`` and ``eps_rel``, in scaled units.
-    max_iter : int
-        Iterations at the most.
-
-    Raises
-    ------
-    ProblemError
-        A tolerance or limit ≤ 0.
-    """
-
-    tol: float = 1e-8
-    max_iter: int = 200_000
-
-    def __post_init__(self) -> None:
-        """Refuse settings that stop nowhere."""
-        _check_settings(self, self.tol, self.max_iter)
-
-    def refuses(self, problem: LayerProblem) -> str | None:
-        """Refuse what is too large for a conic model."""
-        return _too_large(self, problem)
-
-    def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
-        """Solve, always from zero, so that an answer does not depend on what was solved before."""
+    def _backend(self) -> _Backend:
         options = {"eps_abs": self.tol, "eps_rel": self.tol, "max_iters": self.max_iter}
-        return _run(_Backend("SCS", options, "time_limit_secs"), problem, limits)
+        return _Backend("SCS", options, "time_limit_secs")
 
 
 @dataclass(frozen=True)
-class Osqp:
+class Osqp(_Conic):
     """OSQP, a first-order method for quadratic programs: problems with `lam` only. ``Radius(Osqp())`` takes a radius.
 
     Parameters
@@ -141,7 +161,7 @@ class Osqp:
     tol : float > 0
         Its ``eps_abs`` and ``eps_rel``, in scaled units. Its last step, polishing, mostly reaches rounding.
     max_iter : int
-        Iterations at the most.
+        Iterations at the most, for each model.
 
     Raises
     ------
@@ -152,10 +172,6 @@ class Osqp:
     tol: float = 1e-8
     max_iter: int = 100_000
 
-    def __post_init__(self) -> None:
-        """Refuse settings that stop nowhere."""
-        _check_settings(self, self.tol, self.max_iter)
-
     def refuses(self, problem: LayerProblem) -> str | None:
         """Refuse a radius, and what is too large."""
         if problem.lam is None:
@@ -163,26 +179,16 @@ class Osqp:
                 "Osqp solves quadratic programs, which a radius is not: give lam, or use Radius(Osqp()) "
                 "(solver='osqp'), 'scs', 'clarabel' or 'admm'."
             )
-        return _too_large(self, problem)
+        return super().refuses(problem)
 
-    def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
-        """Solve, always from zero, so that an answer does not depend on what was solved before."""
-        options = {
-            "eps_abs": self.tol,
-            "eps_rel": self.tol,
-            "max_iter": self.max_iter,
-            "polishing": True,
-        }
-        return _run(_Backend("OSQP", options, "time_limit"), problem, limits)
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """What differs between the solvers: cvxpy's name, its options, and the name of the one for the clock."""
-
-    name: str
-    options: dict[str, Any]
-    clock: str
+    def _backend(self) -> _Backend:
+        options = {"eps_abs": self.tol, "eps_rel": self.tol, "max_iter": self.max_iter, "polishing": True}
+        # its default of 1e-4 calls an extreme λ unbounded, which an objective ≥ 0 never is
+        options |= {"eps_prim_inf": 1e-9, "eps_dual_inf": 1e-15}
+        # in these units a penalty of 1 is nearly right; adapted every 50 iterations, as by default, it went up and
+        # down without end on 11 of 84 small problems
+        options |= {"rho": 1.0, "adaptive_rho_interval": 2000}
+        return _Backend("OSQP", options, "time_limit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,8 +303,9 @@ class _Scaled:
         self.size = float(np.sqrt((anchor * anchor).mean())) or 1.0
         penalty = _numpy(problem.penalty).T / self.columns[:, None]
         positive = penalty[penalty > 0]
-        # objective' = objective / (k · size)
-        self.k = float(np.median(positive)) if positive.size else 1.0
+        # half way between the usual and the largest, where they differ: a column 1e-6 times the others has a penalty
+        # 1e6 times theirs, and the backends' tolerances are relative to the largest number that they see
+        self.k = float(np.sqrt(np.median(positive) * positive.max())) if positive.size else 1.0
         on = _numpy(problem.active)
         if problem.lam is None:
             assert isinstance(problem.radius, float)
@@ -325,14 +332,6 @@ class _Scaled:
         """Return ``U (M, N)`` and ``Γ (P, M)`` in the units of the problem."""
         u = (weight * self.size / self.columns[:, None]).T
         return torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(multipliers * self.k)
-
-
-def _run(backend: _Backend, problem: LayerProblem, limits: Limits) -> RawAnswer:
-    """Solve, neuron by neuron where they are independent."""
-    if problem.n_outputs > 1 and not _coupled(problem):
-        neurons = (one_neuron(problem, m) for m in range(problem.n_outputs))
-        return join_neurons([_run_one(backend, neuron, limits) for neuron in neurons])
-    return _run_one(backend, one_neuron(problem, 0) if problem.per_neuron else problem, limits)
 
 
 def _run_one(backend: _Backend, problem: LayerProblem, limits: Limits) -> RawAnswer:
@@ -366,10 +365,11 @@ def _run_one(backend: _Backend, problem: LayerProblem, limits: Limits) -> RawAns
                 best = violation, _answer(problem, weight, gamma, found, limits)
             if violation <= 0.5 * FEASIBLE:
                 break
-        if best is not None and (best[0] <= 0.5 * FEASIBLE or limits.out_of_time()):
+        # what misses by much more than a margin is no matter of rounding
+        if best is None or not 0.5 * FEASIBLE < best[0] <= 100 * margin or limits.out_of_time():
             break
     if best is None:
-        return _failure(backend, problem, found)
+        return _failure(backend, problem, found, limits)
     return replace(best[1], iterations=iterations)
 
 
@@ -379,30 +379,16 @@ def _answer(problem: LayerProblem, weight: Tensor, gamma: Tensor, found: _Found,
     return RawAnswer(weight.to(device), gamma.to(device), found.iterations, otherwise, torch.float64)
 
 
-def _failure(backend: _Backend, problem: LayerProblem, found: _Found) -> RawAnswer:
+def _failure(backend: _Backend, problem: LayerProblem, found: _Found, limits: Limits) -> RawAnswer:
     # "infeasible_inaccurate" is a guess, no proof
     known = {"infeasible": Status.INFEASIBLE, "infeasible_inaccurate": Status.NOT_FEASIBLE}
-    status = known.get(found.status, Status.BACKEND_FAILED)
+    otherwise = Status.TIME_LIMIT if limits.out_of_time() else Status.BACKEND_FAILED
+    status = known.get(found.status, otherwise)
     return zero_answer(problem, status, f"{backend.name} said: {found.status}.")
 
 
 def _coupled(problem: LayerProblem) -> bool:
     return problem.lam is None and not problem.per_neuron
-
-
-def _too_large(solver: object, problem: LayerProblem) -> str | None:
-    entries = problem.samples * problem.n_inputs * (problem.n_outputs if _coupled(problem) else 1)
-    if entries <= _MAX_ENTRIES:
-        return None
-    return (
-        f"{type(solver).__name__} would need a conic model of {entries:.2g} entries (samples × inputs"
-        f"{' × outputs' if _coupled(problem) else ''}), more than {_MAX_ENTRIES:.0e}: use solver='admm'."
-    )
-
-
-def _check_settings(solver: object, tol: float, max_iter: int) -> None:
-    if not (tol > 0 and max_iter >= 1):
-        raise ProblemError(f"{type(solver).__name__} needs tol > 0 and max_iter ≥ 1: {tol} and {max_iter} were given.")
 
 
 def _numpy(tensor: Tensor | None) -> Array:

@@ -23,8 +23,8 @@ from nettrim.errors import ProblemError
 
 # the factors by which λ moves until there is a bracket; beyond their product it means nothing in float64
 _STEPS = (10.0, 100.0, 1e4, 1e4, 1e4, 1e4)
-# a distance that falls by less than this, relative, while λ grows by such a factor has reached its limit
-_STALLED = 1e-6
+# the cosine between the multipliers and every column of the inputs at which no weight brings the outputs nearer
+_ORTHOGONAL = 1e-7
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,26 @@ class _Root:
     def _bracket(self, lam: float) -> bool:
         """Move ``λ`` until the wanted distance lies between two points; return whether there are two."""
         for step in _STEPS:
-            before = self.near
             point = self._solve(lam)
             if point is None or self._good(point):
                 return False
             if self.near is not None and self.fits is not None:
                 return True
             if point is self.near:
-                if before is not None and before.distance - point.distance < _STALLED * before.distance:
+                if self._nearest(point):
                     return False
-                lam *= step
+                lam *= self._reach(point, step)
             else:
-                lam /= step
+                lam /= self._reach(point, step)
         # nothing but the feasible side: the radius does not bind, and at so small a λ it costs nothing
         return False
+
+    def _reach(self, point: _Point, step: float) -> float:
+        """Return the factor for the next ``λ``: small where the first one came near, as that of a start does."""
+        if self.solves > 1 or point.distance == 0:
+            return step
+        ratio = point.distance / self.wanted
+        return min(step, max(ratio, 1 / ratio) ** 4)
 
     def _close_in(self) -> None:
         """Shrink the bracket until a distance lies within a hair below the radius."""
@@ -159,9 +165,19 @@ class _Root:
         top = fits.lam**-2
         slope = (near.lam**-2 - top) / (near.distance**2 - fits.distance**2)
         square = top + slope * (self.wanted**2 - fits.distance**2)
-        inside = (fits.lam / near.lam) ** 1e-3
+        inside = math.pow(fits.lam / near.lam, 1e-3)
         lam = 1 / math.sqrt(square) if square > 0 else fits.lam
         return min(max(lam, near.lam * inside), fits.lam / inside)
+
+    def _nearest(self, point: _Point) -> bool:
+        """Whether the outputs are as near as they come: the gradient of ``dist²`` vanishes against its factors."""
+        gamma = point.answer.multipliers
+        if gamma is None:
+            return False
+        x = self.problem.inputs.double()
+        gamma = gamma.to(x)
+        sizes = torch.linalg.vector_norm(x, dim=0)[:, None] * torch.linalg.vector_norm(gamma, dim=0)
+        return bool(((x.T @ gamma).abs() <= _ORTHOGONAL * sizes).all())
 
     def _good(self, point: _Point) -> bool:
         return self.low <= point.distance <= self.high
