@@ -44,9 +44,7 @@ def write(directory: Path, files: dict[str, bytes]) -> Path:
 # ---- specs and digits ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "digit", "mnist", "mnist:", "cifar100:here", "file.npy", Path("digits.csv")]
-)
+@pytest.mark.parametrize("spec", ["", "digit", "mnist", "mnist:", "cifar100:here", "file.npy", Path("digits.csv")])
 def test_an_unknown_spec_lists_the_forms(spec):
     with pytest.raises(DataError, match=r"digits, mnist:DIR, cifar10:DIR or FILE\.npz"):
         load(spec)
@@ -185,9 +183,7 @@ def web(monkeypatch):
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(data, "_MNIST_SHA256", sums)
     pages = {
-        f"{mirror}{name}.gz": gzip.compress(content)
-        for mirror in data._MIRRORS
-        for name, content in files.items()
+        f"{mirror}{name}.gz": gzip.compress(content) for mirror in data._MIRRORS for name, content in files.items()
     }
 
     def open_url(url, timeout):
@@ -255,9 +251,7 @@ def test_a_directory_that_cannot_be_made(tmp_path, web):
 
 def cifar(labels: list[int]) -> bytes:
     draw = np.random.default_rng(len(labels))
-    return b"".join(
-        bytes([label]) + draw.integers(0, 256, 3072, dtype=np.uint8).tobytes() for label in labels
-    )
+    return b"".join(bytes([label]) + draw.integers(0, 256, 3072, dtype=np.uint8).tobytes() for label in labels)
 
 
 def test_cifar10(tmp_path):
@@ -322,9 +316,7 @@ CLASSES = np.array([0, 1, 1, 0])
 
 def test_npz_with_everything(tmp_path):
     path = tmp_path / "mine.npz"
-    np.savez(
-        path, inputs=ROWS, labels=CLASSES.astype(np.uint8), test_inputs=ROWS[:2], test_labels=CLASSES[:2]
-    )
+    np.savez(path, inputs=ROWS, labels=CLASSES.astype(np.uint8), test_inputs=ROWS[:2], test_labels=CLASSES[:2])
     mine = load(str(path))
     assert mine.name == "mine.npz"
     assert torch.equal(mine.train.inputs, torch.from_numpy(ROWS))

@@ -64,7 +64,8 @@ class SolveStats:
 class LayerSolution:
     """One solved layer. `weight (M, N)` is of the kind (torch or NumPy) and dtype of the inputs.
 
-    `multipliers (P, M)`, float64, is the feasible ``Γ`` behind the certificate: ``|XᵀΓ| ≤ c``, ``Γ ≤ 0`` off the active set.
+    `multipliers (P, M)`, float64, is the feasible ``Γ`` behind the certificate: ``|XᵀΓ| ≤ c``, ``Γ ≤ 0`` off
+    the active set.
     """
 
     weight: Any

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nettrim.core.certificate import measure_fit
 from nettrim.core.problem import FORMS, LayerProblem
-from nettrim.core.solvers import Solver, solve_problem
+from nettrim.core.solvers import Solver, check_limits, make_solver, solve_problem
 from nettrim.errors import ProblemError
 from nettrim.methods.base import LayerResult, LayerTask, with_bias_column
 
@@ -81,6 +81,8 @@ class NetTrim:
             raise ProblemError(f"NetTrim's gamma={self.gamma} is out of range: γ ≥ 1, or no weight may fit.")
         if not 0 < self.kappa <= 1:
             raise ProblemError(f"NetTrim's kappa={self.kappa} is out of range: it lies in (0, 1].")
+        make_solver(self.solver)
+        check_limits(self.tol, self.max_seconds, self.on_failure)
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Set the program up, solve it, and round it to the model's dtype before it is certified."""
@@ -106,7 +108,7 @@ class NetTrim:
             "damping": stats.damping,
             "note": stats.note,
         }
-        reached = certificate.distance if problem.radius is None else float(torch.as_tensor(problem.radius).norm())
+        reached = 0.0 if facts["radius"] is None else facts["radius"]
         excess = 0.0
         if facts["form"] == "halfspace":
             inactive = task.targets <= 0

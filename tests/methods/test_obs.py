@@ -64,7 +64,10 @@ def test_reproduces_the_weights_that_the_authors_shipped(data_directory, layer, 
     folder = data_directory / "lenet300-100"
     x = load(f"mnist:{data_directory / 'mnist'}").train.inputs[5000:].double().reshape(55_000, -1)
     arrays = [
-        (torch.from_numpy(np.load(folder / f"w_layer{i}.npy")).double(), np.load(folder / f"b_layer{i}.npy").reshape(-1))
+        (
+            torch.from_numpy(np.load(folder / f"w_layer{i}.npy")).double(),
+            np.load(folder / f"b_layer{i}.npy").reshape(-1),
+        )
         for i in (1, 2, 3)
     ]
     for weight, bias in arrays[: layer - 1]:

@@ -1,6 +1,7 @@
 """Every bound on every layer, against what the pruned network really does; and the papers' theorems as they are stated."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ def chain(seed, widths, bias, normalised=False):
     """A random ReLU chain; with `normalised`, every weight's entrywise ℓ1 norm is 1, as the theorems ask."""
     generator = torch.Generator().manual_seed(seed)
     modules = []
-    for n, m in zip(widths, widths[1:], strict=False):
+    for n, m in pairwise(widths):
         layer = nn.Linear(n, m, bias=bias, dtype=torch.float64)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(m, n, generator=generator, dtype=torch.float64))
-            layer.weight /= float(layer.weight.abs().sum()) if normalised else n**0.5
+            layer.weight /= float(layer.weight.detach().abs().sum()) if normalised else n**0.5
             if bias:
                 layer.bias.copy_(0.3 * torch.randn(m, generator=generator, dtype=torch.float64))
         modules += [layer, nn.ReLU()]
@@ -70,7 +71,9 @@ TRIMS = st.builds(
 )
 def test_net_trim_never_exceeds_a_bound(method, schedule, epsilon, bias, seed):
     model = chain(seed, [6, 8, 7, 4], bias)
-    result = nettrim.prune(model, [samples(seed + 1, 40, 6)], method, epsilon=epsilon, schedule=schedule, progress=False)
+    result = nettrim.prune(
+        model, [samples(seed + 1, 40, 6)], method, epsilon=epsilon, schedule=schedule, progress=False
+    )
     assert_bounds_hold(result.ledger)
     expected = {"operator", "l-obs", "paper", "telescoped"}
     assert set(result.ledger.bounds) == expected | ({"cascade", "cascade product"} if schedule == "cascade" else set())
@@ -130,7 +133,7 @@ def test_theorem_2_on_a_link_normalised_network(seed, gamma, clip):
 def test_rescaling_to_link_normalised_weights_rescales_the_paper_bound(seed):
     """Dividing every weight by its ℓ1 norm divides outputs, errors and the general bound by the product of the norms."""
     model = chain(seed, [6, 8, 4], False)
-    norms = [float(layer.weight.abs().sum()) for layer in model if isinstance(layer, nn.Linear)]
+    norms = [float(layer.weight.detach().abs().sum()) for layer in model if isinstance(layer, nn.Linear)]
     normalised = chain(seed, [6, 8, 4], False, normalised=True)
     x = [samples(seed + 1, 40, 6)]
     ledgers = [
@@ -151,7 +154,9 @@ def test_the_check_sees_a_bound_that_is_too_small(network, batches):
     with pytest.raises(AssertionError, match="operator"):
         assert_bounds_hold(replace(ledger, records=(small, *ledger.records[1:])))
     with pytest.raises(AssertionError, match="promise"):
-        assert_bounds_hold(replace(ledger, records=(replace(first, promised=0.9 * first.measured), *ledger.records[1:])))
+        assert_bounds_hold(
+            replace(ledger, records=(replace(first, promised=0.9 * first.measured), *ledger.records[1:]))
+        )
 
 
 def test_spectral_norm_is_an_upper_bound():

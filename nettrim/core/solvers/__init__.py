@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nettrim.core.certificate import certify, feasible_multipliers, measure_fit
-from nettrim.core.problem import LayerProblem, as_float_tensor, build_problem, check_amount
+from nettrim.core.problem import LayerProblem, build_problem, check_amount
 from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
 from nettrim.core.solvers.admm import Admm
 from nettrim.core.solvers.base import Limits, RawAnswer, Solver, Start
@@ -44,6 +44,20 @@ def make_solver(solver: str | Solver) -> Solver:
     if solver not in SOLVERS:
         raise UnknownNameError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}, or a solver object.")
     return SOLVERS[solver]()
+
+
+def check_limits(tol: float, max_seconds: float | None, on_failure: str) -> None:
+    """Refuse a tolerance or a time that is not positive, and an unknown way to fail.
+
+    Raises
+    ------
+    ProblemError
+    """
+    check_amount("tol", tol)
+    if max_seconds is not None:
+        check_amount("max_seconds", max_seconds)
+    if on_failure not in ("raise", "warn", "return"):
+        raise ProblemError(f"on_failure={on_failure!r} is unknown: use raise, warn or return.")
 
 
 def solve_problem(
@@ -86,11 +100,7 @@ def solve_problem(
     UnsupportedError
         The solver does not take such a problem; the text says what does.
     """
-    tol = check_amount("tol", tol)
-    if max_seconds is not None:
-        max_seconds = check_amount("max_seconds", max_seconds)
-    if on_failure not in ("raise", "warn", "return"):
-        raise ProblemError(f"on_failure={on_failure!r} is unknown: use raise, warn or return.")
+    check_limits(tol, max_seconds, on_failure)
     chosen = make_solver(solver)
     refusal = chosen.refuses(problem)
     if refusal is not None:
@@ -151,7 +161,7 @@ def _beyond_reach(problem: LayerProblem) -> bool:
     x, y = problem.inputs.double(), problem.targets.double()
     best = torch.linalg.lstsq(x, y, driver="gelsd" if x.device.type == "cpu" else None).solution
     distance = torch.linalg.vector_norm(x @ best - y, dim=0 if problem.per_neuron else None)
-    return bool((distance > torch.as_tensor(problem.radius) * (1 + FEASIBLE)).any())
+    return bool((distance > torch.as_tensor(problem.radius, dtype=torch.float64) * (1 + FEASIBLE)).any())
 
 
 def solve_layer(
@@ -279,7 +289,7 @@ __all__ = [
     "Scs",
     "Solver",
     "Start",
-    "as_float_tensor",
+    "check_limits",
     "make_solver",
     "solve_layer",
     "solve_path",
