@@ -1,4 +1,4 @@
-"""The command line as a user types it: exit codes, one-line errors, JSON on stdout, progress nowhere but on a terminal."""
+"""The command line as a user types it: exit codes, one-line errors, JSON on stdout."""
 
 import json
 import os

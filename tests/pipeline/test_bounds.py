@@ -1,4 +1,4 @@
-"""Every bound on every layer, against what the pruned network really does; and the papers' theorems as they are stated."""
+"""Every bound on every layer against what the pruned network really does; the theorems as they are stated."""
 
 import math
 from itertools import pairwise
@@ -131,7 +131,7 @@ def test_theorem_2_on_a_link_normalised_network(seed, gamma, clip):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000))
 def test_rescaling_to_link_normalised_weights_rescales_the_paper_bound(seed):
-    """Dividing every weight by its ℓ1 norm divides outputs, errors and the general bound by the product of the norms."""
+    """Dividing every weight by its ℓ1 norm divides errors and the general bound by the norms' product."""
     model = chain(seed, [6, 8, 4], False)
     norms = [float(layer.weight.detach().abs().sum()) for layer in model if isinstance(layer, nn.Linear)]
     normalised = chain(seed, [6, 8, 4], False, normalised=True)

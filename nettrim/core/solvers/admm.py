@@ -16,6 +16,7 @@ An iteration costs one GEMM pair, ``2 N² M`` flops more, and seven passes over 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -279,7 +280,7 @@ class _Iterate:
         assert p.radius is not None
         gamma = self._norm(self.step) * self.a
         cost = float((gamma * torch.as_tensor(p.radius).to(gamma)).sum())
-        return min(1.0, cost / best.last_objective) ** 0.5
+        return math.sqrt(min(1.0, cost / best.last_objective))
 
     def balance_sparsity(self) -> None:
         """Balance ``b = βa`` by its primal and dual residual, and follow the multipliers with ``a``."""
@@ -323,10 +324,11 @@ class _Iterate:
         if p.lam is not None:
             return torch.full_like(self.size, p.lam)
         assert p.radius is not None
-        return self._norm(gamma) / torch.as_tensor(p.radius).to(gamma).clamp(min=1e-30)
+        lam: Tensor = self._norm(gamma) / torch.as_tensor(p.radius).to(gamma).clamp(min=1e-30)
+        return lam
 
     def _first_lam(self) -> Tensor:
-        """Guess ``λ``: where a (the median) neuron leaves zero, over ``epsilon²`` (measured: ``λ ∝ epsilon⁻²`` nearly)."""
+        """Guess ``λ``: where a (the median) neuron leaves zero, over ``ε²`` (measured: nearly ``λ ∝ ε⁻²``)."""
         p = self.problem
         if p.lam is not None:
             return torch.full_like(self.size, p.lam)
