@@ -316,7 +316,8 @@ class _Iterate:
 
     def _norm(self, of: Tensor) -> Tensor:
         """The Frobenius norm, or each neuron's own where the neurons are independent."""
-        return torch.linalg.vector_norm(of, dim=self.axis)
+        norm: Tensor = torch.linalg.vector_norm(of, dim=self.axis)
+        return norm
 
     def _lam(self, gamma: Tensor) -> Tensor:
         """``λ``, the multiplier of half the squared distance: given, or ``‖Γ‖/r``."""
@@ -324,8 +325,7 @@ class _Iterate:
         if p.lam is not None:
             return torch.full_like(self.size, p.lam)
         assert p.radius is not None
-        lam: Tensor = self._norm(gamma) / torch.as_tensor(p.radius).to(gamma).clamp(min=1e-30)
-        return lam
+        return self._norm(gamma) / torch.as_tensor(p.radius).to(gamma).clamp(min=1e-30)
 
     def _first_lam(self) -> Tensor:
         """Guess ``λ``: where a (the median) neuron leaves zero, over ``ε²`` (measured: nearly ``λ ∝ ε⁻²``)."""
