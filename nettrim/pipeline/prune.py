@@ -20,7 +20,7 @@ from nettrim.network.trace import LayerGraph, LayerSpec, trace
 from nettrim.pipeline.execute import check_executor, run_all
 from nettrim.pipeline.ledger import Activations, LayerEvidence, Ledger, build_ledger
 from nettrim.pipeline.schedule import resolve_amount, waves
-from nettrim.pipeline.store import RunStore, Samples, describe_run
+from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +131,8 @@ def prune(
     held = None if held_out is None else read_batches(held_out, "held_out")
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
+    if out_dir is not None and not resume:
+        require_free(out_dir)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _run(model, plan, calibration, held, out_dir, resume, workers, progress, seed)

@@ -104,9 +104,8 @@ class RunStore:
             The directory holds something already, or cannot be written.
         """
         path = Path(directory)
+        require_free(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise RunError(f"{path} already holds something: choose another directory, or resume the run in it.")
             (path / "layers").mkdir(parents=True, exist_ok=True)
             (path / "samples").mkdir(exist_ok=True)
         except OSError as error:
@@ -186,6 +185,23 @@ class RunStore:
         self.run.pop("digest", None)
         self.run["digest"] = digest_json(self.run)
         write_atomically(self.directory / "run.json", _json(self.run))
+
+
+def require_free(directory: str | Path) -> None:
+    """Refuse a directory that holds something: nothing of anybody's is ever written over.
+
+    Raises
+    ------
+    RunError
+        It does, or cannot be looked into.
+    """
+    path = Path(directory)
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if taken:
+        raise RunError(f"{path} already holds something: choose another directory, or resume the run in it.")
 
 
 def layer_file(name: str) -> str:

@@ -16,10 +16,12 @@ from nettrim.core.certificate import certify, feasible_multipliers, measure_fit
 from nettrim.core.problem import LayerProblem, build_problem, check_amount
 from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
 from nettrim.core.solvers.admm import Admm
-from nettrim.core.solvers.base import Limits, RawAnswer, Solver, Start
+from nettrim.core.solvers.base import Limits, Solver, Start, zero_answer, zero_fits
 from nettrim.core.solvers.conic import Clarabel, Osqp, Scs
 from nettrim.core.solvers.radius import Radius
 from nettrim.errors import ProblemError, SolverError, UnknownNameError, UnsupportedError
+
+_ZERO = "The zero weight is feasible, so it is the answer: the radius is at least the norm of the active targets."
 
 #: name -> factory of the solver with its default settings
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -106,8 +108,9 @@ def solve_problem(
     if refusal is not None:
         raise UnsupportedError(refusal)
     began = time.monotonic()
-    answer = _zero_answer(problem)
-    if answer is None:
+    if zero_fits(problem):
+        answer = zero_answer(problem, Status.MAX_ITER, _ZERO)
+    else:
         deadline = None if max_seconds is None else began + max_seconds
         answer = chosen.run(problem, Limits(tol, deadline), start)
     # rounded first: what is certified is what is returned, and what will be stored
@@ -140,18 +143,6 @@ def solve_problem(
             raise SolverError(message, solution)
         warnings.warn(message, stacklevel=2)
     return solution
-
-
-def _zero_answer(problem: LayerProblem) -> RawAnswer | None:
-    """Return the zero weight where it is feasible: no norm is smaller."""
-    if problem.lam is not None:
-        return None
-    zero = problem.inputs.new_zeros(problem.n_outputs, problem.n_inputs)
-    if measure_fit(problem, zero).violation > 0:
-        return None
-    note = "The zero weight is feasible, so it is the answer: the radius is at least the norm of the active targets."
-    gamma = problem.targets.new_zeros(problem.targets.shape)
-    return RawAnswer(zero, gamma, 0, Status.MAX_ITER, problem.inputs.dtype, note=note)
 
 
 def _beyond_reach(problem: LayerProblem) -> bool:

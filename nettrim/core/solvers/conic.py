@@ -28,6 +28,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -40,8 +41,16 @@ from torch import Tensor
 from nettrim.core.certificate import measure_fit
 from nettrim.core.problem import LayerProblem
 from nettrim.core.solution import FEASIBLE, Status
-from nettrim.core.solvers.base import Limits, RawAnswer, Start
-from nettrim.core.solvers.radius import hair, join_neurons, one_neuron, zero_answer, zero_fits
+from nettrim.core.solvers.base import (
+    Limits,
+    RawAnswer,
+    Start,
+    hair,
+    join_neurons,
+    one_neuron,
+    zero_answer,
+    zero_fits,
+)
 from nettrim.errors import ProblemError
 
 Array = NDArray[np.float64]
@@ -67,7 +76,7 @@ class _Backend:
 
 
 @dataclass(frozen=True)
-class _Conic:
+class _Conic(ABC):
     """What the three solvers share: two settings and everything but the names of the options."""
 
     tol: float
@@ -97,8 +106,9 @@ class _Conic:
             return join_neurons([_run_one(self._backend(), neuron, limits) for neuron in neurons])
         return _run_one(self._backend(), one_neuron(problem, 0) if problem.per_neuron else problem, limits)
 
+    @abstractmethod
     def _backend(self) -> _Backend:
-        raise NotImplementedError
+        """Return the backend with this solver's settings."""
 
 
 @dataclass(frozen=True)
