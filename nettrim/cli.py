@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -64,11 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(prog="nettrim", description=nettrim.__doc__)
+    parser = _Parser(prog="nettrim", description=nettrim.__doc__)
     parser.add_argument("--version", action="version", version=f"nettrim {nettrim.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
