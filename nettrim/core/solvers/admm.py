@@ -76,35 +76,12 @@ class Admm:
 
     def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
         """Iterate until the certificate holds, or the iterations or the clock run out."""
-        scaled = _Scaled(problem, self._working_dtype(problem, limits.tol))
-        iterate = _Iterate(scaled, self, margin=0.2 * limits.tol)
-        iterate.begin(start)
-        best = _Best(scaled.problem)
-        otherwise = Status.MAX_ITER
-        balance_at, steps = 10, 0
-        for steps in range(1, self.max_iter + 1):
-            iterate.advance()
-            due = False
-            if steps % self.check_every == 0 or steps == self.max_iter:
-                best.consider(iterate.sparse, -iterate.step)
-                if best.gap <= 0.9 * limits.tol:
-                    break
-                if limits.out_of_time():
-                    otherwise = Status.TIME_LIMIT
-                    break
-                # later changes are rarer, so that the iteration settles
-                if steps <= 20 * self.check_every or steps % (10 * self.check_every) == 0:
-                    due = iterate.adapt_ratio(best, limits.tol)
-            if steps == balance_at:
-                balance_at *= 2
-                iterate.balance_sparsity()
-                due = True
-            if due:
-                iterate.refactor()
-        weight, multipliers = scaled.back(best.weight, best.multipliers)
-        return RawAnswer(weight, multipliers, steps, otherwise, scaled.problem.inputs.dtype, iterate.inverse.damping)
+        iteration = Iteration(problem, self, limits, start)
+        iteration.until(self.max_iter)
+        return iteration.answer()
 
-    def _working_dtype(self, problem: LayerProblem, tol: float) -> torch.dtype:
+    def working_dtype(self, problem: LayerProblem, tol: float) -> torch.dtype:
+        """Return what the iterations run in."""
         if self.dtype != "auto":
             return _DTYPES[self.dtype]
         large = problem.samples * problem.n_inputs * problem.n_outputs >= 2e7
@@ -112,6 +89,51 @@ class Admm:
         # 1e-7 in all
         coarse = tol >= 1e-4 and problem.form != "halfspace" and _relative_radius(problem) >= 1e-2
         return torch.float32 if large and coarse else torch.float64
+
+
+class Iteration:
+    """A run that can be continued: the variables, the best answer so far, and when the penalties are adapted."""
+
+    def __init__(self, problem: LayerProblem, settings: Admm, limits: Limits, start: Start | None) -> None:
+        self.settings, self.limits = settings, limits
+        self.scaled = _Scaled(problem, settings.working_dtype(problem, limits.tol))
+        self.variables = _Variables(self.scaled, settings, margin=0.2 * limits.tol)
+        self.variables.begin(start)
+        self.best = Best(self.scaled.problem)
+        self.steps, self._balance_at = 0, 10
+        self.otherwise = Status.MAX_ITER
+
+    @property
+    def done(self) -> bool:
+        """Whether the certificate holds, or the clock has run out."""
+        return self.best.gap <= 0.9 * self.limits.tol or self.otherwise is Status.TIME_LIMIT
+
+    def until(self, last: int) -> None:
+        """Go on to step number `last`, or until done."""
+        every, variables = self.settings.check_every, self.variables
+        while self.steps < last and not self.done:
+            self.steps += 1
+            variables.advance()
+            due = False
+            if self.steps % every == 0 or self.steps == last:
+                self.best.consider(variables.sparse, -variables.step)
+                if self.limits.out_of_time():
+                    self.otherwise = Status.TIME_LIMIT
+                # later changes are rarer, so that the iteration settles
+                if self.steps <= 20 * every or self.steps % (10 * every) == 0:
+                    due = variables.adapt_ratio(self.best, self.limits.tol)
+            if self.steps == self._balance_at:
+                self._balance_at *= 2
+                variables.balance_sparsity()
+                due = True
+            if due and not self.done:
+                variables.refactor()
+
+    def answer(self, note: str = "") -> RawAnswer:
+        """Return the best answer in the units of the problem."""
+        weight, multipliers = self.scaled.back(self.best.weight, self.best.multipliers)
+        dtype, damping = self.scaled.problem.inputs.dtype, self.variables.inverse.damping
+        return RawAnswer(weight, multipliers, self.steps, self.otherwise, dtype, damping, note)
 
 
 def _relative_radius(problem: LayerProblem) -> float:
@@ -164,7 +186,7 @@ class _Scaled:
         return u.to(x), (start.multipliers * self.k).to(x)
 
 
-class _Iterate:
+class _Variables:
     """The variables of the iteration, in the scaled problem: ``U`` and ``W₂`` are ``(N, M)``, the rest ``(P, M)``."""
 
     def __init__(self, scaled: _Scaled, settings: Admm, margin: float) -> None:
@@ -194,7 +216,7 @@ class _Iterate:
         new = p.inputs.new_zeros
         self.u, self.u_dual = new(p.n_inputs, p.n_outputs), new(p.n_inputs, p.n_outputs)
         self.z, self.z_dual = new(p.samples, p.n_outputs), new(p.samples, p.n_outputs)
-        self.w2, self.step = self.u, self.z
+        self.w2, self.step = self.u, torch.zeros_like(self.z)
         self.u_before = self.u
         gamma = None
         if start is not None:
@@ -258,7 +280,7 @@ class _Iterate:
         repaired[self.constant_column] -= excess / p.inputs[0, self.constant_column]
         return repaired
 
-    def adapt_ratio(self, best: _Best, tol: float) -> bool:
+    def adapt_ratio(self, best: Best, tol: float) -> bool:
         """Move the fit's penalty towards what lags, the bound or the feasibility; say whether anything changed."""
         if self.problem.lam is None:
             if best.last_violation <= 0 and best.last_gap > tol:
@@ -268,7 +290,7 @@ class _Iterate:
             self._follow()
         return self.problem.lam is None
 
-    def _price(self, best: _Best) -> float:
+    def _price(self, best: Best) -> float:
         """What a relative violation costs: the root of ``r ‖Γ‖ / objective``, 1 at the most.
 
         To first order the objective falls by ``‖Γ‖ dr``. Without this, the first violations of a narrow ball, a
@@ -340,7 +362,7 @@ class _Iterate:
         return (typical if self.axis is None else torch.where(finite, leaves, typical)) / epsilon**2
 
 
-class _Best:
+class Best:
     """The best feasible weight and the best bound seen, which need not come from one iteration."""
 
     def __init__(self, problem: LayerProblem) -> None:
