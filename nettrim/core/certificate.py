@@ -87,7 +87,11 @@ def certify(problem: LayerProblem, weight: Any, multipliers: Any = None) -> Cert
         candidate = -fit.residual
     else:
         candidate = _shaped("multipliers", multipliers, (problem.samples, problem.n_outputs))
-    dual = feasible_multipliers(problem, candidate)
+    return certificate_of(problem, u, fit, feasible_multipliers(problem, candidate))
+
+
+def certificate_of(problem: LayerProblem, u: Tensor, fit: Fit, dual: DualPoint) -> Certificate:
+    """Return the certificate from its two halves."""
     objective = float((problem.penalty * u.double().abs()).sum())  # type: ignore[operator]
     if problem.lam is not None:
         objective += 0.5 * problem.lam * fit.distance**2
@@ -162,7 +166,29 @@ def feasible_multipliers(problem: LayerProblem, candidate: Tensor, dtype: torch.
         linear += (gamma[rows] * anchor[rows].to(dtype)).sum(0)
     counted = torch.where(active, gamma, 0.0) if problem.form == "halfspace" else gamma
     square = (counted * counted).sum(0)
-    scale = _best_scales(problem, linear, square, _largest_scales(problem.penalty.T.to(dtype), products))
+    scale, value = best_bound(problem, products, linear, square)
+    note = ""
+    if dropped:
+        note = (
+            f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: "
+            "their free columns could not be centred."
+        )
+    return DualPoint(gamma * scale, value, note)
+
+
+def best_bound(problem: LayerProblem, products: Tensor, linear: Tensor, square: Tensor) -> tuple[Tensor, float]:
+    """Return the best factor ``t_m`` for each neuron's multipliers, and the bound that they give together.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+    products : Tensor (N, M)
+        ``XᵀΓ``, centred where columns are free.
+    linear, square : Tensor (M,)
+        ``⟨Γ_m, T_m⟩`` and the ``‖Γ_m‖²`` that the form's norm counts.
+    """
+    assert problem.penalty is not None
+    scale = _best_scales(problem, linear, square, _largest_scales(problem.penalty.T.to(products), products))
     value = float((scale * linear).sum())
     norm = (scale * scale * square).sum(0)
     if problem.lam is not None:
@@ -172,13 +198,7 @@ def feasible_multipliers(problem: LayerProblem, candidate: Tensor, dtype: torch.
     else:
         assert problem.radius is not None
         value -= problem.radius * float(norm.sqrt())
-    note = ""
-    if dropped:
-        note = (
-            f"{dropped} of {problem.n_outputs} neurons add nothing to the lower bound: "
-            "their free columns could not be centred."
-        )
-    return DualPoint(gamma * scale, value, note)
+    return scale, value
 
 
 def _centre_free_columns(problem: LayerProblem, gamma: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import certify, feasible_multipliers, measure_fit
+from nettrim.core.certificate import certificate_of, feasible_multipliers, measure_fit
 from nettrim.core.problem import LayerProblem, build_problem, check_amount
 from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
 from nettrim.core.solvers.admm import Admm
@@ -115,12 +115,10 @@ def solve_problem(
         answer = chosen.run(problem, Limits(tol, deadline), start)
     # rounded first: what is certified is what is returned, and what will be stored
     weight = answer.weight.to(problem.inputs.dtype if round_to is None else round_to).to(problem.inputs)
-    candidate = answer.multipliers
-    if candidate is None:
-        candidate = -measure_fit(problem, weight).residual
+    fit = measure_fit(problem, weight)
     # multipliers stay float64: rounded, they would break |XᵀΓ| ≤ c where columns differ much in size
-    multipliers = feasible_multipliers(problem, candidate).multipliers
-    certificate = certify(problem, weight, multipliers)
+    dual = feasible_multipliers(problem, -fit.residual if answer.multipliers is None else answer.multipliers)
+    multipliers, certificate = dual.multipliers, certificate_of(problem, weight, fit, dual)
     status = judge(certificate, tol, answer.otherwise)
     if status is Status.NOT_FEASIBLE and _beyond_reach(problem):
         status = Status.INFEASIBLE

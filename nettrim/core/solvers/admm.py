@@ -17,6 +17,7 @@ An iteration costs one GEMM pair, ``2 N² M`` flops more, and seven passes over 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -341,6 +342,10 @@ class _Variables:
         norm: Tensor = torch.linalg.vector_norm(of, dim=self.axis)
         return norm
 
+    def lam(self) -> Tensor:
+        """Return the present ``λ`` of every neuron, ``(M,)``; the same for all where they share a ball."""
+        return self._lam(self.step * self.a).expand(self.problem.n_outputs).contiguous()
+
     def _lam(self, gamma: Tensor) -> Tensor:
         """``λ``, the multiplier of half the squared distance: given, or ``‖Γ‖/r``."""
         p = self.target
@@ -377,14 +382,21 @@ class Best:
         p, dtype = self.problem, self.problem.inputs.dtype
         fit = measure_fit(p, weight.T, dtype)
         dual = feasible_multipliers(p, multipliers, dtype)
+        self.keep(weight, fit.violation, fit.distance, lambda: dual.multipliers, dual.bound)
+
+    def keep(
+        self, weight: Tensor, violation: float, distance: float, multipliers: Callable[[], Tensor], bound: float
+    ) -> None:
+        """Keep what is better of an evaluated weight and of multipliers, which are made only if they are."""
+        p = self.problem
         objective = float((p.penalty.T * weight.double().abs()).sum())  # type: ignore[union-attr]
         if p.lam is not None:
-            objective += 0.5 * p.lam * fit.distance**2
-        if dual.bound > self.bound:
-            self.bound, self.multipliers = dual.bound, dual.multipliers
+            objective += 0.5 * p.lam * distance**2
+        if bound > self.bound:
+            self.bound, self.multipliers = bound, multipliers()
         # a feasible weight beats every infeasible one; among the infeasible the nearest is kept
         allowed = 0.5 * FEASIBLE if p.form == "halfspace" else 0.0
-        violation = fit.violation if fit.violation > allowed else 0.0
+        violation = violation if violation > allowed else 0.0
         if (violation, objective) < (self.violation, self.objective):
             self.violation, self.objective, self.weight = violation, objective, weight.clone()
         self.last_violation, self.last_objective = violation, objective

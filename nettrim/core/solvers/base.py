@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import measure_fit
 from nettrim.core.problem import LayerProblem
 from nettrim.core.solution import FEASIBLE, Status
 
@@ -109,8 +108,15 @@ def zero_answer(problem: LayerProblem, otherwise: Status, note: str = "") -> Raw
 
 def zero_fits(problem: LayerProblem) -> bool:
     """Whether the zero weight meets the radius and the ceiling: no norm is smaller."""
-    zero = problem.inputs.new_zeros(problem.n_outputs, problem.n_inputs)
-    return problem.radius is not None and measure_fit(problem, zero).violation == 0
+    if problem.radius is None:
+        return False
+    residual = problem.residual(torch.zeros_like(problem.targets)).double()
+    if problem.form == "halfspace":
+        assert problem.active is not None
+        if bool((residual[~problem.active] > 0).any()):
+            return False
+    norm = torch.linalg.vector_norm(residual, dim=0 if problem.per_neuron else None)
+    return bool((norm <= torch.as_tensor(problem.radius, dtype=torch.float64)).all())
 
 
 def hair(problem: LayerProblem, tol: float) -> float:
