@@ -32,7 +32,7 @@ from nettrim.errors import ProblemError
 
 _ROWS = 8192  # rows that are held in float64 at a time
 # |Σ_p x_pn Γ_pm| of a free column, relative to Σ_p |x_pn Γ_pm|, that counts as rounding
-_CENTRED = {torch.float64: 1e-10, torch.float32: 1e-4}
+_CENTRED = {torch.float64: 1e-13, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Certificate:
         ``halfspace`` also the worst excess over the ceiling, relative to ``max |Y|``.
     distance : float
         ``‖R‖_F``, in the units of the targets (the active samples alone for ``halfspace``).
+    excess : float
+        Of ``halfspace``: the worst excess over the ceiling, in the units of the targets.
     note : str
         What a reader must know about the bound, or "".
     """
@@ -62,6 +64,7 @@ class Certificate:
     gap: float
     violation: float
     distance: float
+    excess: float = 0.0
     note: str = ""
 
 
@@ -95,18 +98,20 @@ def certificate_of(problem: LayerProblem, u: Tensor, fit: Fit, dual: DualPoint) 
     objective = float((problem.penalty * u.double().abs()).sum())  # type: ignore[operator]
     if problem.lam is not None:
         objective += 0.5 * problem.lam * fit.distance**2
-    difference = objective - dual.bound
-    gap = difference / objective if objective > 0 else (0.0 if difference <= 0 else float("inf"))
-    return Certificate(objective, dual.bound, gap, fit.violation, fit.distance, dual.note)
+    # a bound above a zero objective is no rounding: the weight is not feasible, or the certificate is wrong
+    size = objective if objective > 0 else dual.bound
+    gap = (objective - dual.bound) / size if size > 0 else 0.0
+    return Certificate(objective, dual.bound, gap, fit.violation, fit.distance, fit.excess, dual.note)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a weight meets the constraint: its residual, distance and violation."""
+    """How a weight meets the constraint: its residual, distance, violation and absolute excess over the ceiling."""
 
     residual: Tensor
     distance: float
     violation: float
+    excess: float
 
 
 def measure_fit(problem: LayerProblem, weight: Tensor, dtype: torch.dtype = torch.float64) -> Fit:
@@ -118,14 +123,14 @@ def measure_fit(problem: LayerProblem, weight: Tensor, dtype: torch.dtype = torc
     for rows in _chunks(problem):
         difference = problem.inputs[rows].to(dtype) @ u.T - anchor[rows].to(dtype)
         residual[rows] = torch.where(active[rows], difference, difference.clamp(min=0))
-    excess = 0.0
+    excess = over_ceiling = 0.0
     counted = residual
     if problem.form == "halfspace":
         excess = float(torch.where(active, 0.0, residual).max())
         counted = torch.where(active, residual, 0.0)
-        size = float(problem.targets.abs().max())
-        # with no positive target there is no scale to measure against, and any excess is a violation
-        excess = excess / size if size > 0 else (0.0 if excess <= 0 else float("inf"))
+        # where all targets are zero, the ceiling is the scale, and where it is zero too, one
+        size = float(problem.targets.abs().max()) or float(anchor.abs().max()) or 1.0
+        over_ceiling = excess / size
     per_neuron = torch.linalg.vector_norm(counted, dim=0)
     distance = float(torch.linalg.vector_norm(per_neuron))
     over = 0.0
@@ -135,7 +140,7 @@ def measure_fit(problem: LayerProblem, weight: Tensor, dtype: torch.dtype = torc
         over = float(((per_neuron - problem.radius) / scale).max())
     elif problem.radius is not None:
         over = (distance - problem.radius) / problem.radius
-    return Fit(residual, distance, max(0.0, over, excess))
+    return Fit(residual, distance, max(0.0, over, over_ceiling), max(0.0, excess))
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,8 @@ def best_bound(problem: LayerProblem, products: Tensor, linear: Tensor, square: 
     else:
         assert problem.radius is not None
         value -= problem.radius * float(norm.sqrt())
-    return scale, value
+    # the norm is never negative, so 0 is a bound too
+    return scale, max(0.0, value)
 
 
 def _centre_free_columns(problem: LayerProblem, gamma: Tensor) -> tuple[Tensor, int]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import measure_fit
+from nettrim.core.certificate import Certificate, measure_fit
 from nettrim.core.problem import FORMS, LayerProblem
 from nettrim.core.solvers import Solver, check_limits, make_solver, solve_problem
 from nettrim.errors import ProblemError
@@ -77,6 +77,9 @@ class NetTrim:
                 raise ProblemError(
                     f"NetTrim's {field}={getattr(self, field)!r} is unknown: use {' or '.join(allowed)}."
                 )
+        for field in ("gamma", "kappa"):
+            if isinstance(getattr(self, field), bool) or not isinstance(getattr(self, field), (int, float)):
+                raise ProblemError(f"NetTrim's {field}={getattr(self, field)!r} is no number: give one.")
         if not (math.isfinite(self.gamma) and self.gamma >= 1):
             raise ProblemError(f"NetTrim's gamma={self.gamma} is out of range: γ ≥ 1, or no weight may fit.")
         if not 0 < self.kappa <= 1:
@@ -87,7 +90,8 @@ class NetTrim:
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Set the program up, solve it, and round it to the model's dtype before it is certified."""
         began = time.monotonic()
-        facts = self._facts(task)
+        facts = self._given(task)
+        facts |= derive(facts, task.clean, task.inputs, task.targets, task.weight, task.bias)
         problem = layer_problem(facts, task.inputs, task.targets, task.weight, task.bias)
         solution = solve_problem(
             problem,
@@ -98,9 +102,8 @@ class NetTrim:
             round_to=task.dtype,
         )
         weight, bias = split_bias(solution.weight, task.bias, facts["bias"])
-        certificate, stats = solution.certificate, solution.stats
+        stats = solution.stats
         facts |= {
-            "tol": self.tol,
             "status": solution.status.name,
             "solver": stats.solver,
             "iterations": stats.iterations,
@@ -108,59 +111,85 @@ class NetTrim:
             "damping": stats.damping,
             "note": stats.note,
         }
-        reached = 0.0 if facts["radius"] is None else facts["radius"]
-        excess = 0.0
-        if facts["form"] == "halfspace":
-            inactive = task.targets <= 0
-            excess = certificate.violation * float(task.targets.abs().max()) * math.sqrt(int(inactive.sum()))
-        # what is violated promises no more than what was reached
-        promised = math.hypot(max(reached, certificate.distance), facts["ceiling_norm"] + excess)
         return LayerResult(
             weight,
             bias,
             weight != 0,
             time.monotonic() - began,
-            certificate,
+            solution.certificate,
             solution.multipliers,
-            promised,
+            promise(facts, solution.certificate, task.targets),
             facts,
         )
 
-    def _facts(self, task: LayerTask) -> dict[str, Any]:
-        """Return the settings from which `layer_problem` makes the program, and the radius by the schedule's rule."""
-        facts: dict[str, Any] = {
-            "form": self.form if task.relu else "linear",
+    def _given(self, task: LayerTask) -> dict[str, Any]:
+        """Return what was asked for: all that `derive` needs beside the data."""
+        form = self.form if task.relu else "linear"
+        ceiling = "none"
+        if form == "halfspace" and not task.clean:
+            ceiling = "clipped" if self.clip_ceiling else "dense"
+        return {
+            "form": form,
             "bias": self.bias if task.bias is not None else "absent",
-            "ceiling": "none",
-            "radius": 1.0,
-            "lam": None,
-            "ceiling_norm": 0.0,
+            "ceiling": ceiling,
             "gamma": self.gamma,
             "cascade": self.cascade,
             "kappa": self.kappa if task.last else 1.0,
+            "tol": self.tol,
+            task.amount: task.value,
         }
-        if facts["form"] == "halfspace" and not task.clean:
-            facts["ceiling"] = "clipped" if self.clip_ceiling else "dense"
-            off = task.targets <= 0
-            facts["ceiling_norm"] = float(_pre_activation(task).clamp(min=0)[off].norm())
-        size = float(task.targets.norm())
-        facts["target_norm"] = size
-        if task.amount == "lam":
-            return facts | {"lam": task.value, "radius": None}
-        # d_l: how far the dense weights themselves are from the targets on these inputs
-        dense = task.weight if task.bias is None else join_bias(task.weight, task.bias, facts["bias"])
-        drift = measure_fit(layer_problem(facts, task.inputs, task.targets, task.weight, task.bias), dense).distance
-        asked = task.value * size
-        follow = math.sqrt(self.gamma) * drift
-        if task.clean:
-            radius, rule = asked, "epsilon"
-        elif self.cascade == "paper":
-            radius, rule = follow, "drift"
-        else:
-            radius, rule = max((asked, "epsilon"), (follow, "drift"))
-        # only dead neurons, or a prefix that changed nothing: any radius will do, and 0 is none
-        radius = facts["kappa"] * radius or torch.finfo(torch.float64).tiny ** 0.5
-        return facts | {"radius": radius, "drift": drift, "rule": rule, "asked": asked}
+
+
+def derive(
+    facts: dict[str, Any], clean: bool, inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
+) -> dict[str, Any]:
+    """Return what follows from the data: the radius by the schedule's rule, and what it was made from.
+
+    Parameters
+    ----------
+    facts : dict
+        As a record stores them; "epsilon" or "lam" among them.
+    clean : bool
+        Whether the inputs are the dense network's own.
+    inputs : Tensor (P, N)
+    targets : Tensor (P, M)
+    weight, bias : Tensor (M, N), Tensor (M,) or None
+        Dense.
+
+    Returns
+    -------
+    dict
+        "target_norm" ``‖Y‖``; "ceiling_norm" ``‖V₊‖`` off the active set; "radius", "lam"; and with a radius "drift"
+        ``d``, how far the dense weights are from these targets, "asked" ``ε‖Y‖`` (0 where the papers' rule does not
+        ask) and "floor", below which no radius is set.
+    """
+    dense = inputs @ weight.T if bias is None else inputs @ weight.T + bias
+    size = float(targets.norm())
+    ceiling_norm = 0.0
+    if facts["ceiling"] != "none":
+        ceiling_norm = float(dense.clamp(min=0)[targets <= 0].norm())
+    found = {"target_norm": size, "ceiling_norm": ceiling_norm, "lam": facts.get("lam"), "radius": None}
+    if found["lam"] is not None:
+        return found
+    # the distance does not depend on the radius, which is not known yet
+    problem = layer_problem(facts | {"radius": 1.0, "lam": None}, inputs, targets, weight, bias)
+    drift = measure_fit(problem, join_bias(weight, bias, facts["bias"])).distance
+    # where nothing was asked and nothing drifted, or all targets are zero, a radius of 0 would ask for the impossible
+    floor = 1e-6 * (size or float(dense.norm()) or 1.0)
+    asked = facts["epsilon"] * size if clean or facts["cascade"] == "relative" else 0.0
+    radius = facts["kappa"] * (asked if clean else max(asked, math.sqrt(facts["gamma"]) * drift))
+    return found | {"drift": drift, "asked": asked, "floor": floor, "radius": max(radius, floor)}
+
+
+def promise(facts: dict[str, Any], certificate: Certificate, targets: Tensor) -> float:
+    """Return what ``‖σ(X Ûᵀ) − Y‖_F`` cannot exceed, on the inputs that the layer was solved for.
+
+    The radius, or the distance where that is missed, and for ``halfspace`` what the ceiling lets pass: all of ``V₊``,
+    and the excess over it at every inactive entry. Raised by 1e-12 for the rounding of sums.
+    """
+    reached = max(certificate.distance, facts["radius"] or 0.0)
+    passed: float = facts["ceiling_norm"] + certificate.excess * math.sqrt(int((targets <= 0).sum()))
+    return math.hypot(reached, passed) * (1 + 1e-12)
 
 
 def layer_problem(
@@ -208,8 +237,3 @@ def join_bias(weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 def split_bias(u: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
     """Undo `join_bias`; a frozen bias comes back as it was."""
     return (u[:, :-1], u[:, -1]) if kind in ("free", "penalised") else (u, bias)
-
-
-def _pre_activation(task: LayerTask) -> Tensor:
-    outputs = task.inputs @ task.weight.T
-    return outputs if task.bias is None else outputs + task.bias

@@ -33,6 +33,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+_ROUNDING = 1 + 1e-12  # sums of squares in float64, in another order each time
+
 
 @dataclass(frozen=True)
 class Link:
@@ -46,13 +48,15 @@ class Link:
         Whether it was solved on the dense network's inputs.
     promised : float or None
         ``p_l``; None where the method promises nothing.
-    asked : float or None
-        ``ε_l ‖Y_l‖`` where that is one side of the cascade's rule, 0 under the paper's rule, None where no
-        radius was asked for.
+    asked, floor : float or None
+        ``ε_l ‖Y_l‖`` where that is one side of the cascade's rule, 0 under the paper's rule, None where no radius was
+        asked for; and the smallest radius that is set.
     gamma, kappa, violation : float
         ``γ``, the risk factor, and the relative violation of the solution.
     halfspace : bool
         Whether a ceiling stood beside the ball.
+    excess : float
+        How much the ceiling was exceeded, as a Frobenius norm.
     clean_error, clean_change : float
         ``ε̂_l`` and ``‖Ẑ_l − Z_l‖_F``, on clean inputs.
     dense_l1, dense_l2, pruned_l1, pruned_l2, pruned_fro : float
@@ -63,10 +67,12 @@ class Link:
     clean: bool
     promised: float | None
     asked: float | None
+    floor: float
     gamma: float
     kappa: float
     violation: float
     halfspace: bool
+    excess: float
     clean_error: float
     clean_change: float
     dense_l1: float
@@ -89,7 +95,7 @@ def layer_bounds(links: list[Link], schedule: str) -> list[dict[str, float]]:
         for link, bounds in zip(links, found, strict=True):
             before = None if before is None else rule(link, before)
             if before is not None:
-                bounds[name] = before
+                bounds[name] = before * _ROUNDING
     return found
 
 
@@ -127,10 +133,12 @@ def _cascade(link: Link, before: float, norm: float) -> float | None:
     if link.clean and before == 0.0:
         return link.promised
     assert link.asked is not None
-    slack = link.kappa * (1 + link.violation)
     if link.halfspace:
-        return math.hypot(slack * link.asked, max(slack * math.sqrt(link.gamma), 1.0 + link.violation) * norm * before)
-    return slack * max(link.asked, math.sqrt(link.gamma) * norm * before)
+        # beside the ball's part stands the ceiling's; both are at most ‖W_l‖ e_{l−1}, in quadrature together
+        factor = max(link.kappa * math.sqrt(link.gamma), 1.0)
+        within = math.hypot(max(link.kappa * link.asked, link.floor), factor * norm * before)
+        return (1 + link.violation) * within + link.excess
+    return (1 + link.violation) * max(link.floor, link.kappa * max(link.asked, math.sqrt(link.gamma) * norm * before))
 
 
 def _a_posteriori(link: Link, before: float) -> float | None:
@@ -139,7 +147,7 @@ def _a_posteriori(link: Link, before: float) -> float | None:
 
 def telescoped(outputs: list[Tensor]) -> float:
     """Return ``Σ_l ‖h_l − h_{l−1}‖_F`` for the outputs with 0, 1, … layers pruned."""
-    return sum(float((b - a).norm()) for a, b in pairwise(outputs))
+    return _ROUNDING * sum(float((b - a).norm()) for a, b in pairwise(outputs))
 
 
 def spectral_norm(weight: Tensor) -> float:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nettrim.core.certificate import certify
-from nettrim.methods.net_trim import join_bias, layer_problem
+from nettrim.core.solution import FEASIBLE, Status, judge
+from nettrim.methods.net_trim import derive, join_bias, layer_problem, promise
 from nettrim.pipeline.bounds import Link, layer_bounds, spectral_norm, telescoped
 from nettrim.pipeline.evaluate import accuracy
 
@@ -31,7 +32,6 @@ class LayerEvidence:
     dense_weight, weight : Tensor (M, N)
     dense_bias, bias : Tensor (M,) or None
     multipliers : Tensor (P, M) or None
-    promised : float or None
     facts : dict
     seconds : float
     """
@@ -45,7 +45,6 @@ class LayerEvidence:
     weight: Tensor
     bias: Tensor | None
     multipliers: Tensor | None = None
-    promised: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -76,7 +75,8 @@ class LayerRecord:
     kept, numel : int
         Weights that are not zero, and all; biases are not counted.
     objective, lower_bound, gap, violation : float or None
-        The certificate; None for a method that solves no convex program.
+        The certificate; None for a method that solves no convex program, bound and gap also where the weight is not
+        feasible: they prove nothing there.
     promised : float or None
         What `measured` cannot exceed.
     measured : float
@@ -202,19 +202,17 @@ def build_ledger(
     records = tuple(
         LayerRecord(
             name=layer.name,
-            promised=layer.promised,
             held_out=relative[i],
             bounds=bounds[i],
             seconds=layer.seconds,
-            facts=layer.facts,
-            **measures[i],
+            **{key: value for key, value in measures[i].items() if key != "excess"},
         )
         for i, layer in enumerate(layers)
         if layer.pruned
     )
-    outputs = {"calibration": (dense.outputs[-1], pruned.outputs[-1], labels)}
+    splits = {"calibration": (dense, pruned, labels)}
     if held_out:
-        outputs[held_out[0].split] = (held_out[0].outputs[-1], held_out[1].outputs[-1], held_out[2])
+        splits[held_out[0].split] = held_out
     return Ledger(
         method=method,
         schedule=schedule,
@@ -226,8 +224,9 @@ def build_ledger(
         held_out=relative[-1],
         accuracy={
             split: {"dense": accuracy(y, lab), "pruned": accuracy(y_hat, lab)}
-            for split, (y, y_hat, lab) in outputs.items()
+            for split, (before, after, lab) in splits.items()
             if lab is not None
+            for y, y_hat in [(_act(layers[-1], before.outputs[-1]), _act(layers[-1], after.outputs[-1]))]
         },
     )
 
@@ -243,31 +242,40 @@ def storage_bytes(weight: Tensor) -> dict[str, int]:
 
 
 def _measure(layer: LayerEvidence, i: int, dense: Activations, pruned: Activations) -> dict[str, Any]:
-    def act(z: Tensor) -> Tensor:
-        return z.clamp(min=0) if layer.relu else z
-
     def apply(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
         outputs = inputs @ weight.double().T
         return outputs if bias is None else outputs + bias.double()
 
-    targets = act(dense.outputs[i])
+    targets = _act(layer, dense.outputs[i])
     on_clean = apply(layer.weight, layer.bias, dense.inputs[i])
-    error = float((act(on_clean) - targets).norm())
-    network_error = float((act(pruned.outputs[i]) - targets).norm())
+    error = float((_act(layer, on_clean) - targets).norm())
+    network_error = float((_act(layer, pruned.outputs[i]) - targets).norm())
     weight, dense_weight = layer.weight.double(), layer.dense_weight.double()
-    certificate = None
+    certificate, promised, facts, excess = None, None, layer.facts, 0.0
     if layer.multipliers is not None:
         inputs = dense.inputs[i] if layer.clean else pruned.inputs[i]
         bias = None if layer.dense_bias is None else layer.dense_bias.double()
-        problem = layer_problem(layer.facts, inputs, targets, dense_weight, bias)
-        solved = join_bias(layer.weight, layer.bias, layer.facts["bias"])
+        # what follows from the data is derived again, not read
+        facts = facts | derive(facts, layer.clean, inputs, targets, dense_weight, bias)
+        problem = layer_problem(facts, inputs, targets, dense_weight, bias)
+        solved = join_bias(layer.weight, layer.bias, facts["bias"])
         certificate = certify(problem, solved.double(), layer.multipliers.double())
+        promised = promise(facts, certificate, targets)
+        excess = certificate.excess * math.sqrt(int((targets <= 0).sum()))
+        ended = Status[facts["status"]]
+        otherwise = Status.MAX_ITER if ended is Status.SOLVED else ended
+        facts = facts | {"status": judge(certificate, facts["tol"], otherwise).name}
+    # the bound of a problem whose weight is not feasible proves nothing, and may be as large as you like
+    proven = certificate is not None and certificate.violation <= FEASIBLE
     return {
+        "facts": facts,
+        "promised": promised,
+        "excess": excess,
         "kept": int((layer.weight != 0).sum()),
         "numel": layer.weight.numel(),
         "objective": certificate and certificate.objective,
-        "lower_bound": certificate and certificate.lower_bound,
-        "gap": certificate and certificate.gap,
+        "lower_bound": certificate.lower_bound if certificate is not None and proven else None,
+        "gap": certificate.gap if certificate is not None and proven else None,
         "violation": certificate and certificate.violation,
         "measured": error if layer.clean else network_error,
         "target_norm": float(targets.norm()),
@@ -285,16 +293,19 @@ def _measure(layer: LayerEvidence, i: int, dense: Activations, pruned: Activatio
     }
 
 
+def _act(layer: LayerEvidence, outputs: Tensor) -> Tensor:
+    return outputs.clamp(min=0) if layer.relu else outputs
+
+
 def _link(layer: LayerEvidence, measure: dict[str, Any]) -> Link:
-    facts = layer.facts
-    asked = facts.get("asked")
-    if asked is not None and facts.get("cascade") == "paper" and not layer.clean:
-        asked = 0.0
+    facts = measure["facts"]
     return Link(
         pruned=layer.pruned,
         clean=layer.clean,
-        promised=layer.promised,
-        asked=asked,
+        promised=measure["promised"],
+        asked=facts.get("asked"),
+        floor=facts.get("floor", 0.0),
+        excess=measure["excess"],
         gamma=facts.get("gamma", 1.0),
         kappa=facts.get("kappa", 1.0),
         violation=measure["violation"] or 0.0,
@@ -306,8 +317,6 @@ def _link(layer: LayerEvidence, measure: dict[str, Any]) -> Link:
 
 
 def _relative_error(layers: list[LayerEvidence], i: int, dense: Activations, pruned: Activations) -> float:
-    y, y_hat = dense.outputs[i], pruned.outputs[i]
-    if layers[i].relu:
-        y, y_hat = y.clamp(min=0), y_hat.clamp(min=0)
+    y, y_hat = _act(layers[i], dense.outputs[i]), _act(layers[i], pruned.outputs[i])
     size = float(torch.linalg.vector_norm(y))
     return float((y_hat - y).norm()) / size if size > 0 else 0.0

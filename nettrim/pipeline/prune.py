@@ -63,7 +63,7 @@ class PruneResult:
         store = RunStore.create(directory, self.settings, self.calibration, self.held_out)
         for layer in self.layers:
             store.write_layer(layer)
-        store.finish(self.model, self.ledger)
+        store.finish(self.model, self.layers, self.ledger)
 
 
 def prune(
@@ -129,6 +129,8 @@ def prune(
     workers = check_executor(executor)
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ProblemError(f"seed={seed!r} is out of range: give a whole number in [0, 2**63).")
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
     if out_dir is not None and not resume:
@@ -210,7 +212,7 @@ def _run(
     )
     masks = {layer.name: layer.weight != 0 for layer in evidence if layer.pruned}
     if store is not None:
-        store.finish(pruned, ledger)
+        store.finish(pruned, evidence, ledger)
     return PruneResult(pruned, ledger, masks, settings, evidence, samples, held_samples)
 
 
@@ -299,7 +301,6 @@ def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
         weight=weight,
         bias=stored(result.bias),
         multipliers=result.multipliers,
-        promised=result.promised,
         facts=result.facts | {task.amount: task.value},
         seconds=result.seconds,
     )

@@ -8,6 +8,7 @@ file).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -113,12 +115,8 @@ class RunStore:
         store = RunStore(
             path, settings | {"state": "started", "data": _data_digest(calibration, held_out), "files": {}}
         )
-        for samples in filter(None, (calibration, held_out)):
-            tensors = {"rows": _smallest(samples.rows)}
-            if samples.labels is not None:
-                tensors["labels"] = samples.labels
-            store._tensors(f"samples/{samples.name}.safetensors", tensors)
         store._write_run()
+        store._write_samples(calibration, held_out)
         return store
 
     @staticmethod
@@ -134,7 +132,7 @@ class RunStore:
             The run differs in model, data or settings, which the text names; or it cannot be read.
         """
         path = Path(directory)
-        if not path.exists() or not any(path.iterdir()):
+        if _is_free(path):
             return RunStore.create(path, settings, calibration, held_out), {}
         run = read_json(path / "run.json")
         wanted = json.loads(json.dumps(settings)) | {"data": _data_digest(calibration, held_out)}
@@ -143,12 +141,16 @@ class RunStore:
             raise RunError(
                 f"{path} holds a run with another {', '.join(differs)}: resume with the same, or use another directory."
             )
-        found = {}
-        for name in list(run["files"]):
-            if name.startswith("layers/"):
+        store, found = RunStore(path, run | {"state": "started"}), {}
+        for name, digest in list(run["files"].items()):
+            if not _holds(path / name, digest):
+                # damaged since it was written: done again, as if it had never been
+                del run["files"][name]
+            elif name.startswith("layers/"):
                 evidence = read_layer(path / name)
                 found[evidence.name] = evidence
-        return RunStore(path, run | {"state": "started"}), found
+        store._write_samples(calibration, held_out)
+        return store, found
 
     def write_layer(self, layer: LayerEvidence) -> None:
         """Write one layer's file and note it in ``run.json``."""
@@ -156,20 +158,35 @@ class RunStore:
         for key in ("bias", "dense_bias", "multipliers"):
             if getattr(layer, key) is not None:
                 tensors[key] = getattr(layer, key)
-        about = {
-            key: getattr(layer, key) for key in ("name", "relu", "pruned", "clean", "promised", "facts", "seconds")
-        }
+        about = {key: getattr(layer, key) for key in ("name", "relu", "pruned", "clean", "facts", "seconds")}
         self._tensors(layer_file(layer.name), tensors, about)
         self._write_run()
 
-    def finish(self, model: nn.Module, ledger: Ledger) -> None:
+    def finish(self, model: nn.Module, layers: list[LayerEvidence], ledger: Ledger) -> None:
         """Write what is known only at the end."""
-        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        self._tensors("model.safetensors", state)
-        masks = {r.name: state[f"{r.name}.weight"] != 0 for r in ledger.records}
+        state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+        named = {
+            f"{layer.name}.{key}": tensor
+            for layer in layers
+            for key, tensor in (("weight", layer.weight), ("bias", layer.bias))
+            if tensor is not None
+        }
+        # a model that was read back without its class has other names for the same layers
+        self._tensors("model.safetensors", state if named.keys() <= state.keys() else named)
+        masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
         self._tensors("masks.safetensors", masks)
         self._file("ledger.json", _json({"schema": SCHEMA} | ledger.as_dict()))
         self.run["state"] = "finished"
+        self._write_run()
+
+    def _write_samples(self, calibration: Samples, held_out: Samples | None) -> None:
+        for samples in filter(None, (calibration, held_out)):
+            name = f"samples/{samples.name}.safetensors"
+            if name not in self.run["files"]:
+                tensors = {"rows": _smallest(samples.rows)}
+                if samples.labels is not None:
+                    tensors["labels"] = samples.labels
+                self._tensors(name, tensors)
         self._write_run()
 
     def _tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -195,18 +212,30 @@ def require_free(directory: str | Path) -> None:
     RunError
         It does, or cannot be looked into.
     """
-    path = Path(directory)
+    if not _is_free(Path(directory)):
+        raise RunError(f"{directory} already holds something: choose another directory, or resume the run in it.")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing stands there but folders: what a run leaves that was killed before it wrote its first file."""
     try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file: choose a directory.")
+        return all(inside.is_dir() for inside in path.rglob("*"))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if taken:
-        raise RunError(f"{path} already holds something: choose another directory, or resume the run in it.")
+
+
+def _holds(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def layer_file(name: str) -> str:
-    """Return the file of a layer, relative to the run directory."""
-    return f"layers/{name}.safetensors"
+    """Return the file of a layer, relative to the run directory: its name, percent-encoded, cut where it is long."""
+    safe = quote(name, safe=" ")
+    if len(safe) > 150:
+        safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"layers/{safe}.safetensors"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -225,11 +254,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -308,7 +336,7 @@ def read_samples(path: Path) -> Samples:
 def digest_tensors(tensors: dict[str, Tensor]) -> str:
     """Return a SHA-256 of names, dtypes, shapes and values."""
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted((key, value) for key, value in tensors.items() if isinstance(value, Tensor)):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
@@ -320,9 +348,11 @@ def digest_json(value: dict[str, Any]) -> str:
 
 
 def _data_digest(calibration: Samples, held_out: Samples | None) -> str:
-    tensors = {"calibration": calibration.rows}
-    if held_out is not None:
-        tensors["held-out"] = held_out.rows
+    tensors = {}
+    for samples in filter(None, (calibration, held_out)):
+        tensors[samples.name] = samples.rows
+        if samples.labels is not None:
+            tensors[f"{samples.name} labels"] = samples.labels
     return digest_tensors(tensors)
 
 
@@ -333,7 +363,8 @@ def _smallest(rows: Tensor) -> Tensor:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    # NaN and infinity are no JSON, and no figure may be either
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _version(name: str) -> str:

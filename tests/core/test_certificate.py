@@ -323,3 +323,17 @@ def test_certify_refuses_other_shapes_and_nan(name):
         certify(problem, **{**good, name: torch.zeros(2, 2)})
     with pytest.raises(ProblemError, match=f"{name} holds 4 NaN"):
         certify(problem, **{**good, name: good[name] * torch.nan})
+
+
+def test_nearly_equal_free_columns_prove_nothing():
+    """Centring to the accuracy of the columns' difference is no centring: the optimum here is 0."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(50, 1, generator=generator, dtype=torch.float64)
+    ones = torch.ones(50, 1, dtype=torch.float64)
+    x = torch.cat([torch.randn(50, 2, generator=generator, dtype=torch.float64), ones, ones + 1e-11 * z], 1)
+    penalty = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    problem = LayerProblem(x, z, "linear", radius=0.1, penalty=penalty)
+    exact = torch.tensor([[0.0, 0.0, -1e11, 1e11]], dtype=torch.float64)
+    certificate = certify(problem, exact, z - z.mean())
+    assert certificate.objective == 0
+    assert certificate.lower_bound <= 0

@@ -15,8 +15,10 @@ from nettrim.pipeline.bounds import spectral_norm
 ROUNDING = 1 + 1e-9
 
 
-def chain(seed, widths, bias, normalised=False):
-    """A random ReLU chain; with `normalised`, every weight's entrywise ℓ1 norm is 1, as the theorems ask."""
+def chain(seed, widths, bias, normalised=False, dead=None):
+    """A random ReLU chain; with `normalised`, every weight's entrywise ℓ1 norm is 1, as the theorems ask; the layer
+    number `dead` has only neurons that are never active.
+    """
     generator = torch.Generator().manual_seed(seed)
     modules = []
     for n, m in pairwise(widths):
@@ -26,6 +28,8 @@ def chain(seed, widths, bias, normalised=False):
             layer.weight /= float(layer.weight.detach().abs().sum()) if normalised else n**0.5
             if bias:
                 layer.bias.copy_(0.3 * torch.randn(m, generator=generator, dtype=torch.float64))
+                if len(modules) == 2 * (dead if dead is not None else -1):
+                    layer.bias -= 100
         modules += [layer, nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
@@ -54,23 +58,24 @@ TRIMS = st.builds(
     kappa=st.sampled_from([1.0, 0.9]),
     bias=st.sampled_from(["free", "penalised", "frozen"]),
     clip_ceiling=st.booleans(),
-    solver=st.just(nettrim.Admm(max_iter=300)),
+    solver=st.sampled_from([nettrim.Admm(max_iter=1), nettrim.Admm(max_iter=300)]),
     tol=st.just(1e-2),
     # bounds must hold whether or not the iterations sufficed
     on_failure=st.just("return"),
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     method=TRIMS,
     schedule=st.sampled_from(["parallel", "cascade"]),
     epsilon=st.sampled_from([0.02, 0.1, 0.4]),
     bias=st.booleans(),
+    dead=st.sampled_from([None, None, 0, 1]),
     seed=st.integers(0, 1000),
 )
-def test_net_trim_never_exceeds_a_bound(method, schedule, epsilon, bias, seed):
-    model = chain(seed, [6, 8, 7, 4], bias)
+def test_net_trim_never_exceeds_a_bound(method, schedule, epsilon, bias, dead, seed):
+    model = chain(seed, [6, 8, 7, 4], bias, dead=dead)
     result = nettrim.prune(
         model, [samples(seed + 1, 40, 6)], method, epsilon=epsilon, schedule=schedule, progress=False
     )

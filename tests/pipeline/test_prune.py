@@ -211,3 +211,20 @@ def test_a_reshape_between_layers_is_refused():
 def test_net_trim_refuses_settings_out_of_range(settings):
     with pytest.raises(NetTrimError, match=next(iter(settings))):
         nettrim.NetTrim(**settings)
+
+
+def test_accuracy_is_of_the_outputs_also_after_a_last_relu():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    with torch.no_grad():
+        model[0].bias.fill_(-1.5)
+    x = torch.randn(60, 8)
+    labels = torch.zeros(60, dtype=torch.int64)
+    ledger = nettrim.prune(model, [(x, labels)], epsilon=0.1, progress=False).ledger
+    with torch.no_grad():
+        assert ledger.accuracy["calibration"]["dense"] == float((model(x).argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70, "a", 1.5, None])
+def test_a_seed_that_is_none_is_refused(network, batches, seed):
+    with pytest.raises(ProblemError, match="seed"):
+        nettrim.prune(network, batches, epsilon=0.1, seed=seed, progress=False)

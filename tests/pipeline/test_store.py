@@ -230,3 +230,131 @@ def test_safetensors_of_something_else_is_no_layer(run):
     save_file({"x": torch.ones(2)}, run / "layers" / "0.safetensors")
     with pytest.raises(RunError, match="not the file of a pruned layer"):
         nettrim.verify(run)
+
+
+def seal(path):
+    """Write digests that fit what stands there, as a forger would."""
+    run_json = json.loads((path / "run.json").read_text())
+    for name in run_json["files"]:
+        run_json["files"][name] = store.hashlib.sha256((path / name).read_bytes()).hexdigest()
+    run_json.pop("digest")
+    (path / "run.json").write_text(json.dumps(run_json | {"digest": store.digest_json(run_json)}))
+
+
+def test_a_sealed_promise_that_does_not_follow_from_the_data_is_found(run):
+    def lower(ledger):
+        for record in ledger["records"]:
+            record["promised"] /= 1000
+            record["facts"]["asked"] /= 1000
+
+    change(run / "ledger.json", lower)
+    seal(run)
+    found = failures(run)
+    assert "promised is stored as" in found
+    assert "asked is stored as" in found
+
+
+def test_sealed_settings_of_a_layer_are_held_against_the_run(run):
+    path = run / "layers" / "0.safetensors"
+    tensors, about = store.read_tensors(path)
+    about["facts"]["epsilon"] = 0.5
+    path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    seal(run)
+    assert "layers/0.safetensors: it was solved for epsilon=0.5, and run.json asked for 0.1" in failures(run)
+
+
+def test_sealed_zero_weights_do_not_pass_as_solved(run):
+    for name in ("0", "3", "5"):
+        path = run / "layers" / f"{name}.safetensors"
+        tensors, about = store.read_tensors(path)
+        tensors["weight"].zero_()
+        path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    seal(run)
+    found = failures(run)
+    assert "status is stored as 'SOLVED', and recomputed as 'NOT_FEASIBLE'" in found
+    assert "violation is stored as" in found
+
+
+@pytest.mark.parametrize("kappa", [0.05, 1e-4])
+def test_an_honest_run_that_could_not_be_solved_holds(tmp_path, network, batches, kappa):
+    method = nettrim.NetTrim(kappa=kappa, solver=nettrim.Admm(max_iter=200), on_failure="return")
+    result = nettrim.prune(network, batches, method, out_dir=tmp_path / "run", **AMOUNT)
+    last = result.ledger.records[-1]
+    assert last.facts["status"] != "SOLVED"
+    assert last.gap is None
+    assert failures(tmp_path / "run") == ""
+
+
+def test_layers_that_lose_nothing_hold(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    x = 255 * torch.rand(300, 200, generator=generator)
+    amount = {"0": 0.0, "2": 0.0, "4": 0.5}
+    nettrim.prune(model, [x], "magnitude", sparsity=amount, out_dir=tmp_path / "run", progress=False)
+    assert failures(tmp_path / "run") == ""
+
+
+@pytest.mark.parametrize("settings", [{}, {"form": "halfspace", "clip_ceiling": False, "bias": "penalised"}])
+def test_a_layer_of_dead_neurons_holds(tmp_path, settings):
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU())
+    with torch.no_grad():
+        model[2].bias.fill_(-5)
+    method = nettrim.NetTrim(**settings, on_failure="return")
+    result = nettrim.prune(model, [torch.randn(60, 8)], method, out_dir=tmp_path / "run", **AMOUNT)
+    # an unclipped ceiling below 0 has to be met, which the zero weight does not
+    assert (result.ledger.records[1].kept == 0) == (not settings)
+    assert failures(tmp_path / "run") == ""
+
+
+def test_a_damaged_layer_is_solved_again(tmp_path, network, batches):
+    path = tmp_path / "run"
+    whole = nettrim.prune(network, batches, out_dir=path, **AMOUNT)
+    layer = path / "layers" / "0.safetensors"
+    tensors, about = store.read_tensors(layer)
+    tensors["weight"] *= 2
+    layer.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    again = nettrim.prune(network, batches, out_dir=path, resume=True, **AMOUNT)
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], tensor)
+    assert nettrim.verify(path).holds
+
+
+def test_other_labels_are_other_data(tmp_path, network, batches):
+    nettrim.prune(network, [x for x, _ in batches], out_dir=tmp_path / "run", **AMOUNT)
+    with pytest.raises(RunError, match="another data"):
+        nettrim.prune(network, batches, out_dir=tmp_path / "run", resume=True, **AMOUNT)
+
+
+def test_a_run_killed_before_its_first_file_starts_anew(tmp_path, network, batches):
+    (tmp_path / "run" / "layers").mkdir(parents=True)
+    nettrim.prune(network, batches, out_dir=tmp_path / "run", resume=True, **AMOUNT)
+    assert nettrim.verify(tmp_path / "run").holds
+
+
+def test_what_was_read_back_can_be_saved(tmp_path, network, batches):
+    nettrim.prune(network, batches, **AMOUNT).save(tmp_path / "first")
+    nettrim.load_result(tmp_path / "first").save(tmp_path / "second")
+    assert nettrim.verify(tmp_path / "second").holds
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/a", "n" * 300, "fc*", "Ω"])
+def test_any_layer_name_is_a_file_inside_the_directory(tmp_path, name):
+    model = nn.Sequential()
+    model._modules[name] = nn.Linear(8, 5)
+    nettrim.prune(model, [torch.randn(30, 8)], out_dir=tmp_path / "run", **AMOUNT)
+    assert nettrim.verify(tmp_path / "run").holds
+    assert len(list((tmp_path / "run" / "layers").iterdir())) == 1
+
+
+def test_a_file_is_no_directory(tmp_path, network, batches):
+    (tmp_path / "run").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(RunError, match="is a file"):
+            nettrim.prune(network, batches, out_dir=tmp_path / "run", resume=resume, **AMOUNT)
+
+
+@pytest.mark.parametrize("edit", [{"files": 3}, {"chain": [1]}, {"amount": {}}])
+def test_json_of_another_shape_is_refused(run, edit):
+    change(run / "run.json", lambda v: v.update(edit))
+    with pytest.raises(RunError, match="run"):
+        nettrim.verify(run)
