@@ -1,6 +1,8 @@
 """The command line: reads arguments, calls the library, prints.
 
-Exit codes: 0 done, 1 a check did not hold, 2 bad usage or input (one line, no traceback), 130 interrupted.
+Exit codes: 0 done; 1 a check did not hold: `verify` found a difference, or an answer of `solve`, `prune` or `demo` is
+not certified within the tolerance (it is written and printed all the same); 2 bad usage or input (one line, no
+traceback); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -26,11 +29,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nettrim
-from nettrim.core.problem import FORMS
+from nettrim.core.problem import FORMS, check_seed
 from nettrim.data import load
 from nettrim.demo import run_demo
 from nettrim.errors import DataError, NetTrimError, ProblemError, UnknownNameError
 from nettrim.methods import METHODS, Method, NetTrim
+from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.prune import prune
 from nettrim.pipeline.schedule import SCHEDULES
 from nettrim.pipeline.store import write_atomically
@@ -154,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> int:
     demo = run_demo(options.out, options.epsilon, options.seed)
+    code = _code(*demo.ledgers.values())
     if options.json:
         _print_json(
             {
@@ -162,19 +167,20 @@ def _demo(options: argparse.Namespace) -> int:
                 "picture": str(demo.picture),
             }
         )
-        return 0
+        return code
     for ledger in demo.ledgers.values():
         print(ledger_table(ledger), end="\n\n")
     print(f"run directories: {', '.join(str(path) for path in demo.directories.values())}")
     print(f"picture: {demo.picture}")
     print(f"check it yourself: nettrim verify {demo.directories['cascade']}")
-    return 0
+    return code
 
 
 def _prune(options: argparse.Namespace) -> int:
     method = _method(options)
     if options.samples < 1:
         raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
+    check_seed(options.seed)
     model = _model(options.model, options.weights)
     data = load(options.data, download=options.download)
     result = prune(
@@ -198,13 +204,23 @@ def _prune(options: argparse.Namespace) -> int:
     else:
         print(ledger_table(result.ledger))
         print(f"run directory: {options.out}")
-    return 0
+    return _code(result.ledger)
+
+
+def _code(*ledgers: Ledger) -> int:
+    """Return 1 where a layer is not certified within its tolerance; methods that certify nothing have no status."""
+    found = (record.facts.get("status", "SOLVED") for ledger in ledgers for record in ledger.records)
+    return int(any(status != "SOLVED" for status in found))
 
 
 def _solve(options: argparse.Namespace) -> int:
     arrays = _arrays(Path(options.file))
-    if options.out is not None and not Path(options.out).absolute().parent.is_dir():
-        raise DataError(f"--out {options.out} lies in no existing directory: make it first.")
+    if options.out is not None:
+        out = Path(options.out).absolute()
+        if not out.parent.is_dir():
+            raise DataError(f"--out {options.out} lies in no existing directory: make it first.")
+        if out.is_dir() or out.resolve() == Path(options.file).resolve():
+            raise DataError(f"--out {options.out} is a directory or the layer itself: name another file.")
     solution = nettrim.solve_layer(
         arrays["inputs"],
         arrays["targets"],
@@ -335,8 +351,11 @@ def _model(spec: str, weights: str | None) -> nn.Module:
         model = factory()
     except NetTrimError:
         raise
+    except SystemExit as stop:
+        raise ProblemError(f"--model {spec} ends the program (SystemExit: {stop}): it must return a network.") from stop
     except Exception as error:  # a user's own code: whatever it raises is said in one line, and --debug shows it all
-        raise ProblemError(f"--model {spec} fails: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())
+        raise ProblemError(f"--model {spec} fails: {type(error).__name__}: {said}") from error
     if not isinstance(model, nn.Module):
         raise ProblemError(f"--model {spec} returns a {type(model).__name__}, and must return a torch.nn.Module.")
     if weights is not None:
@@ -358,19 +377,34 @@ def _import_module(name: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"--model: {path} is no file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    # a file that is called like a loaded module must not take its place
+    present = sys.modules.get(path.stem)
+    name = path.stem if getattr(present, "__nettrim_model__", present is None) else f"nettrim_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    vars(module)["__nettrim_model__"] = True
+    # dataclasses and pickle look a class's module up there, so it has to be there before it runs
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here, since np.load leaves a damaged file open
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    except Exception as error:  # on a foreign or damaged file, NumPy, zipfile and zlib raise a dozen kinds
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an .npz file ({said}): write it with numpy.savez.") from error
     missing = [key for key in ("inputs", "targets") if key not in arrays]
     unknown = sorted(set(arrays) - {"inputs", "targets", "ceiling", "penalty"})
     if missing or unknown:
@@ -382,7 +416,16 @@ def _arrays(path: Path) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by null: the gap of an answer without a bound, say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -29,7 +29,24 @@ def nothing():
     return None
 
 def broken():
-    raise OSError("no such weights")
+    raise OSError("no such\\nweights")
+
+def leaving():
+    raise SystemExit
+"""
+
+SIBLINGS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from sizes import WIDTH
+from torch import nn
+
+@dataclass
+class Config:
+    width: int = WIDTH
+
+def network():
+    return nn.Sequential(nn.Linear(12, Config().width), nn.ReLU(), nn.Linear(16, 5))
 """
 
 
@@ -50,6 +67,14 @@ def place(tmp_path, monkeypatch):
     np.savez(tmp_path / "data.npz", inputs=x[:60], labels=labels[:60], test_inputs=x[60:], test_labels=labels[60:])
     y = np.maximum(x @ weights["0.weight"].numpy().T, 0)
     np.savez(tmp_path / "layer.npz", inputs=x, targets=y)
+    np.save(tmp_path / "array.npy", x)
+    np.savez(tmp_path / "text.npz", inputs=x, targets=y, penalty=np.array("1"))
+    np.savez(tmp_path / "complex.npz", inputs=x, targets=y, penalty=np.ones(12) * 1j)
+    np.savez_compressed(tmp_path / "packed.npz", inputs=x, targets=y)
+    content = bytearray((tmp_path / "packed.npz").read_bytes())
+    (tmp_path / "short.npz").write_bytes(content[: len(content) // 2])
+    content[len(content) // 3] ^= 0x10
+    (tmp_path / "flipped.npz").write_bytes(content)
     return tmp_path
 
 
@@ -101,6 +126,32 @@ def test_resume_goes_on_and_refuses_other_settings(place, capsys):
     assert "another amount" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default")  # shown on stderr, as a user sees it
+def test_an_uncertified_layer_exits_1(place, capsys):
+    run = [*PRUNE, "--epsilon", "0.05", "--tol", "1e-13", "--max-seconds", "0.001"]
+    assert main([*run, "--out", "run"]) == 1
+    assert "NOT certified within the tolerance: 0 (" in capsys.readouterr().out
+    assert main([*run, "--out", "again", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["records"][0]["facts"]["status"] != "SOLVED"
+
+
+@pytest.mark.parametrize("name", ["siblings.py", "json.py", "my-net.v2.py"])
+def test_a_model_file_is_imported_as_python_imports_it(place, capsys, monkeypatch, name):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "sizes", raising=False)
+    (place / "models").mkdir()
+    (place / "models" / "sizes.py").write_text("WIDTH = 16")
+    (place / "models" / name).write_text(SIBLINGS)
+    command = ["prune", "--model", f"models/{name}:network", "--data", "data.npz", "--epsilon", "0.3", "--json"]
+    assert main([*command, "--out", "run"]) == 0
+    assert sys.modules["json"] is json
+    # read anew each time: the file may have changed between two calls in one process
+    (place / "models" / name).write_text(SIBLINGS.replace("def network", "def other"))
+    assert main([*command, "--out", "again"]) == 2
+    assert "has no network" in capsys.readouterr().err
+
+
 def test_solve(place, capsys):
     assert main(["solve", "layer.npz", "--epsilon", "0.1", "--json", "--out", "solved.npz"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -149,6 +200,8 @@ BAD = {
     "unsupported layer": ["prune", "--model", "net.py:odd", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
     "no module": ["prune", "--model", "net.py:nothing", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
     "factory raises": ["prune", "--model", "net.py:broken", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
+    "factory exits": ["prune", "--model", "net.py:leaving", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
+    "seed": [*PRUNE, "--epsilon", "0.1", "--seed", "99999999999999999999", "--out", "run"],
     "no factory": ["prune", "--model", "net.py:absent", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
     "no file": ["prune", "--model", "absent.py:f", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
     "no package": ["prune", "--model", "absent.sub:f", "--data", "data.npz", "--epsilon", "0.1", "--out", "run"],
@@ -162,8 +215,17 @@ BAD = {
     "solve two amounts": ["solve", "layer.npz", "--epsilon", "0.1", "--radius", "1"],
     "solve no such form": ["solve", "layer.npz", "--epsilon", "0.1", "--form", "round"],
     "solve no such place": ["solve", "layer.npz", "--epsilon", "0.1", "--out", "no/where.npz"],
+    "solve into a directory": ["solve", "layer.npz", "--epsilon", "0.1", "--out", "."],
+    "solve into its own input": ["solve", "layer.npz", "--epsilon", "0.1", "--out", "./layer.npz"],
+    "solve truncated": ["solve", "short.npz", "--epsilon", "0.1"],
+    "solve bit-flipped": ["solve", "flipped.npz", "--epsilon", "0.1"],
+    "solve npy": ["solve", "array.npy", "--epsilon", "0.1"],
+    "solve penalty of text": ["solve", "text.npz", "--epsilon", "0.1"],
+    "solve complex penalty": ["solve", "complex.npz", "--epsilon", "0.1"],
     "verify no directory": ["verify", "absent"],
     "demo nan": ["demo", "--out", "demo", "--epsilon", "nan"],
+    "demo seed": ["demo", "--out", "demo", "--seed", "-9999999999999999999"],
+    "demo onto a file": ["demo", "--out", "net.py"],
 }  # fmt: skip
 
 
@@ -217,6 +279,32 @@ def test_the_demo_does_not_replace_what_is_not_its_own(tmp_path, monkeypatch, ca
     assert main(["demo", "--out", "demo"]) == 2
     assert "no run directory" in capsys.readouterr().err
     assert (tmp_path / "demo" / "cascade" / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_demo_does_not_replace_a_run_or_a_picture_of_the_users(place, capsys, monkeypatch):
+    assert main([*PRUNE, "--epsilon", "0.1", "--out", "dm/cascade"]) == 0
+    before = {path: path.read_bytes() for path in (place / "dm").rglob("*") if path.is_file()}
+    for options in (["--epsilon", "-1"], ["--seed", "99999999999999999999"], []):
+        capsys.readouterr()
+        assert main(["demo", "--out", "dm", *options]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert {path: path.read_bytes() for path in (place / "dm").rglob("*") if path.is_file()} == before
+    (place / "pictures").mkdir()
+    (place / "pictures" / "demo.png").write_bytes(b"mine")
+    assert main(["demo", "--out", "pictures"]) == 2
+    assert "no demonstration made it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["matplotlib.figure", "sklearn.datasets"])
+def test_the_demo_misses_a_library_before_it_deletes(place, capsys, monkeypatch, library):
+    assert main([*PRUNE, "--epsilon", "0.1", "--out", "dm/cascade"]) == 0
+    (place / "dm" / ".nettrim-demo").touch()
+    before = (place / "dm" / "cascade" / "run.json").read_bytes()
+    monkeypatch.setitem(sys.modules, library, None)
+    capsys.readouterr()
+    assert main(["demo", "--out", "dm"]) == 2
+    assert "pip install" in capsys.readouterr().err
+    assert (place / "dm" / "cascade" / "run.json").read_bytes() == before
 
 
 def test_ctrl_c_exits_130_and_keeps_what_was_finished(place, capsys):

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class LayerProblem:
         ``Y``: the outputs of the dense layer, after the ReLU for ``ball`` and ``halfspace``.
     form : {"ball", "halfspace", "linear"}
         See the module's table.
-    radius : float or Tensor (M,), optional
+    radius : float, or Tensor, ndarray or list (M,), optional
         ``r > 0``, in the units of ``targets``. A vector asks for one ball per output neuron.
     lam : float, optional
         ``λ > 0`` of the regularised twin ``min Σ c|U| + (λ/2) dist²``. Exactly one of `radius` and `lam`.
@@ -104,7 +105,7 @@ class LayerProblem:
 
     def _set_active(self) -> None:
         if self.active is not None:
-            active = torch.as_tensor(self.active)
+            active = as_plain_tensor("active", self.active)
             if active.dtype != torch.bool or active.shape != self.targets.shape:
                 raise ProblemError(
                     f"active has dtype {active.dtype} and shape {tuple(active.shape)}: it must be bool and "
@@ -130,7 +131,10 @@ class LayerProblem:
         if self.penalty is None:
             penalty = torch.ones((), dtype=torch.float64)
         else:
-            penalty = torch.as_tensor(self.penalty, dtype=torch.float64)
+            penalty = as_plain_tensor("penalty", self.penalty)
+            if penalty.is_complex():
+                raise ProblemError(f"penalty is {penalty.dtype}: weights of the norm are real numbers ≥ 0.")
+            penalty = penalty.double()
             if not bool(torch.isfinite(penalty).all()) or bool((penalty < 0).any()):
                 raise ProblemError("penalty has negative or non-finite entries: weights of the norm are ≥ 0.")
             if penalty.shape not in (torch.Size([]), torch.Size([shape[1]]), torch.Size(shape)):
@@ -140,8 +144,9 @@ class LayerProblem:
         self._set(penalty=penalty.to(self.inputs.device).expand(shape))
 
     def _set_radius(self) -> None:
-        if isinstance(self.radius, Tensor) and self.radius.dim() == 1:
-            radius = self.radius.to(device=self.inputs.device, dtype=torch.float64)
+        radius = _as_radius(self.radius)
+        if isinstance(radius, Tensor):
+            radius = radius.to(self.inputs.device)
             if radius.shape[0] != self.n_outputs:
                 raise ProblemError(
                     f"radius has {radius.shape[0]} entries for {self.n_outputs} output neurons: "
@@ -150,9 +155,7 @@ class LayerProblem:
             # a dead neuron's own ball has radius 0, and its zero column lies in it
             if not bool(torch.isfinite(radius).all()) or bool((radius < 0).any()) or not bool((radius > 0).any()):
                 raise ProblemError("radius has negative or non-finite entries, or no positive one.")
-            self._set(radius=radius)
-        else:
-            self._set(radius=check_amount("radius", self.radius))
+        self._set(radius=radius)
 
     @property
     def samples(self) -> int:
@@ -221,10 +224,7 @@ def check_pair(inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
 
 def as_float_tensor(name: str, value: Any) -> Tensor:
     """Return `value` as a float32 or float64 tensor without NaN or infinity, or say what is wrong with it."""
-    try:
-        tensor = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name} is a {type(value).__name__}: pass a torch tensor or a NumPy array.") from error
+    tensor = as_plain_tensor(name, value)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ProblemError(f"{name} is {tensor.dtype}: convert it to float32 or float64, with .float() for example.")
     finite = torch.isfinite(tensor)
@@ -237,15 +237,86 @@ def as_float_tensor(name: str, value: Any) -> Tensor:
     return tensor
 
 
+def as_plain_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` as a dense tensor of numbers or truth values, without gradient, or say what is wrong with it."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+            kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "sparse"
+            raise ProblemError(f"{name} is a {kind} tensor: pass a dense one, as {name}.to_dense() makes it.")
+        if value.is_meta:
+            raise ProblemError(f"{name} is a tensor on the meta device, which holds no numbers: load it first.")
+        return value.detach()
+    if isinstance(value, np.ma.MaskedArray):
+        raise ProblemError(f"{name} is a masked array, whose mask would be lost: pass {name}.filled(value).")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ProblemError(f"{name} is a {type(value).__name__}: pass a torch tensor or a NumPy array.") from error
+    if array.dtype.kind not in "fiubc":
+        found = f"an array of {array.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise ProblemError(f"{name} is {found}: pass a torch tensor or a NumPy array of numbers.")
+    if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        raise ProblemError(f"{name} is {array.dtype}, wider than torch knows: convert it with .astype('float64').")
+    native = array.dtype.newbyteorder("=")
+    odd = any(stride < 0 or stride % array.itemsize for stride in array.strides)
+    if odd or array.dtype != native or not array.flags.writeable:
+        # copied: torch warns of read-only memory and takes neither negative strides nor foreign byte orders
+        array = np.array(array, dtype=native, order="C")
+    return torch.from_numpy(array)
+
+
 def check_amount(name: str, value: Any) -> float:
     """Return `value` as a positive finite float, or say what is wrong with it."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ProblemError(f"{name}={value!r} is no number: give a positive one.") from error
-    if not (number > 0 and number < float("inf")):
+    number = check_number(name, value)
+    if not 0 < number < float("inf"):
         raise ProblemError(f"{name}={number:g} is out of range: give a positive, finite number.")
     return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return `value` as a float, or say that it is none; text is not read as a number."""
+    refused = (str, bytes, bool, np.bool_, complex, np.complexfloating)
+    try:
+        if isinstance(value, refused) or np.ndim(value) > 0:
+            raise TypeError(type(value).__name__)
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ProblemError(f"{name}={_shown(value)} is no number: give a positive one.") from error
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return `value` as a whole number ≥ 1; a whole float such as 1e4 is one."""
+    number = check_number(name, value)
+    if not (number >= 1 and number.is_integer()):
+        raise ProblemError(f"{name}={number:g} is out of range: give a whole number ≥ 1.")
+    return int(number)
+
+
+def check_seed(seed: Any) -> int:
+    """Return `seed` where torch's generators take it, or say what they take."""
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise ProblemError(f"seed={_shown(seed)} is out of range: give a whole number from -2**63 to 2**64 - 1.")
+    return int(seed)
+
+
+def _shown(value: Any) -> str:
+    """Return the value as it is written where that is short, else its kind, so that the sentence stays one."""
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"<{type(value).__name__}>"
+
+
+def _as_radius(value: Any) -> float | Tensor:
+    """Return one positive radius as a float, or one for each neuron as a float64 tensor (M,)."""
+    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
+        return check_amount("radius", value)
+    radius = as_plain_tensor("radius", value)
+    if radius.dim() == 0:
+        return check_amount("radius", radius.item())
+    if radius.dim() != 1 or radius.is_complex():
+        raise ProblemError(
+            f"radius is {radius.dtype} of shape {tuple(radius.shape)}: give a number, or one for each output neuron."
+        )
+    return radius.double()
 
 
 def build_problem(
@@ -279,15 +350,17 @@ def build_problem(
         raise ProblemError("per_neuron=True needs epsilon or radius: with lam the neurons are independent already.")
     if epsilon is not None:
         epsilon = check_amount("epsilon", epsilon)
-        _, y = check_pair(inputs, targets)
+        inputs, targets = check_pair(inputs, targets)
         if per_neuron:
-            radius = epsilon * torch.linalg.vector_norm(y.double(), dim=0)
+            radius = epsilon * torch.linalg.vector_norm(targets.double(), dim=0)
         else:
-            radius = epsilon * float(torch.linalg.vector_norm(y.double()))
+            radius = epsilon * float(torch.linalg.vector_norm(targets.double()))
         if float(torch.as_tensor(radius, dtype=torch.float64).max()) == 0:
             # all targets are zero (only dead neurons): any radius gives the zero weight
             radius = torch.finfo(torch.float64).tiny ** 0.5
-    elif per_neuron and not isinstance(radius, Tensor):
-        y = as_float_tensor("targets", targets)
-        radius = torch.full((y.shape[-1],), check_amount("radius", radius), dtype=torch.float64)
+    elif radius is not None:
+        radius = _as_radius(radius)
+        if per_neuron and not isinstance(radius, Tensor):
+            inputs, targets = check_pair(inputs, targets)
+            radius = torch.full((targets.shape[1],), radius, dtype=torch.float64)
     return LayerProblem(inputs, targets, form, radius, lam, ceiling, penalty, active)

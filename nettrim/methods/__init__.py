@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nettrim.errors import UnknownNameError
+from nettrim.errors import ProblemError, UnknownNameError
 from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
 from nettrim.methods.magnitude import Magnitude
 from nettrim.methods.net_trim import NetTrim
@@ -25,8 +25,17 @@ def make_method(method: str | Method) -> Method:
     ------
     UnknownNameError
         The name is not in `METHODS`.
+    ProblemError
+        The object is no method: a class that is still to be called, None, or anything without `prune_layer`.
     """
     if not isinstance(method, str):
+        complete = callable(getattr(method, "prune_layer", None)) and hasattr(method, "amounts")
+        if isinstance(method, type) or not complete or not hasattr(method, "name"):
+            found = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
+            raise ProblemError(
+                f"method is {found}, and no method object: use one of {', '.join(METHODS)}, or an object such as "
+                "NetTrim()."
+            )
         return method
     if method not in METHODS:
         raise UnknownNameError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}, or a method object.")

@@ -20,6 +20,7 @@ from nettrim.network.edit import evaluating, find_linear, first_line
 
 _LABEL_KEYS = ("label", "labels", "target", "targets")
 _INPUT_KEYS = ("input", "inputs", "x")
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def read_batches(batches: Iterable[object], name: str = "batches") -> list[Batch
     ------
     ProblemError
         There is no batch; a batch is empty, not of an accepted form, holds NaN or infinity, or its rows do
-        not match; or some batches have labels and others have none.
+        not match; or labels are no real numbers, differ in shape between batches, or are missing in some.
     """
     if isinstance(batches, (Tensor, np.ndarray, dict, str, Batch)):
         raise ProblemError(
@@ -99,6 +100,7 @@ def read_batches(batches: Iterable[object], name: str = "batches") -> list[Batch
             raise ProblemError(
                 f"of {name}[0] and {name}[{index}] only one has labels; give labels to all batches or to none"
             )
+        _check_labels(batch.labels, result[0].labels, name, index)
     return result
 
 
@@ -267,16 +269,42 @@ def _read(batch: object, where: str, name: str) -> Batch:
     return result
 
 
+def _check_labels(labels: Tensor | None, first: Tensor | None, name: str, index: int) -> None:
+    """Refuse labels that cannot be joined with those of the first batch."""
+    if labels is None or first is None:
+        return
+    if labels.is_complex():
+        raise ProblemError(f"the labels of {name}[{index}] are {labels.dtype}; pass real numbers or classes")
+    if labels.shape[1:] != first.shape[1:]:
+        raise ProblemError(
+            f"the labels of {name}[0] have shape {tuple(first.shape)} and those of {name}[{index}] "
+            f"{tuple(labels.shape)}; give all batches labels of one shape but for the rows"
+        )
+
+
 def _tensor(value: object, what: str) -> Tensor:
     """Take a tensor, or convert a NumPy array; it must have rows and finite entries."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ProblemError(f"{what} is a masked array, whose mask would be lost; pass array.filled(value)")
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        # copied: torch warns of read-only memory and refuses negative strides and foreign byte orders
-        tensor = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        dtype = value.dtype.newbyteorder("=")
+        # torch has no long double; what float64 cannot hold becomes infinite and is refused below
+        dtype = np.dtype(np.float64) if dtype.kind == "f" and dtype.itemsize > 8 else dtype
+        with np.errstate(over="ignore"):
+            # copied: torch warns of read-only memory and refuses negative strides and foreign byte orders
+            tensor = torch.from_numpy(np.array(value, dtype=dtype, order="C"))
     elif isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+            raise ProblemError(f"{what} is a sparse, nested, quantized or meta tensor; pass a plain dense one")
         tensor = value.detach()
     else:
         found = f"{value.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
         raise ProblemError(f"{what} is a {found}; pass torch tensors or numeric NumPy arrays")
+    if tensor.dtype in _UNSIGNED:
+        # torch can neither compare nor join these; the widest may hold what int64 cannot
+        tensor = tensor.to(torch.int64)
+        if bool((tensor < 0).any()):
+            raise ProblemError(f"{what} holds integers of 2**63 or more; pass smaller ones")
     if tensor.dim() == 0 or tensor.shape[0] == 0:
         raise ProblemError(f"{what} has shape {tuple(tensor.shape)}, so no rows; pass at least one row")
     _require_finite(tensor, what)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node, Tracer
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.network.edit import evaluating, find_linear, first_line
@@ -130,6 +131,7 @@ def trace(model: nn.Module, layers: str | Sequence[str] = "all", ignore: str | S
         raise ProblemError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if isinstance(model, nn.Linear):
         raise UnsupportedError("model is itself a Linear, whose only layer has no name; wrap it: nn.Sequential(model)")
+    _refuse_hooks(model)
     relu = _follow(_forward_graph(model), model)
     if not relu:
         raise UnsupportedError(f"model ({type(model).__name__}) has no Linear layer to prune; {_SUPPORTED}")
@@ -153,6 +155,30 @@ class _LinearTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Refuse code that was hung on single modules: it changes what they compute, and our copies would run it."""
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise UnsupportedError(
+            f"model ({type(model).__name__}) is compiled; pass the plain module that it was compiled from"
+        )
+    for name, module in model.named_modules():
+        # torch's own hooks that make weights up are refused later, in words of their own
+        made_up = isinstance(module, nn.Linear) and "weight" not in module._parameters
+        if made_up or isinstance(module, LazyModuleMixin):
+            continue
+        where = f"layer {name!r}" if name else "the model"
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedError(
+                f"{where} ({type(module).__name__}) carries a forward hook, which would run on every copy of the "
+                "model and may change what it computes; remove the hooks first, with .remove() of their handles"
+            )
+        if "forward" in vars(module):
+            raise UnsupportedError(
+                f"{where} ({type(module).__name__}) has a forward that was put on the object, not on its class; "
+                "delete that attribute, or define the forward in a class"
+            )
 
 
 def _forward_graph(model: nn.Module) -> Graph:
@@ -264,11 +290,12 @@ def _check_parameters(model: nn.Module, name: str) -> None:
     for kind, parameter in own.items():
         if parameter is None:
             continue
-        if not parameter.is_floating_point():
+        if parameter.dtype not in (torch.float32, torch.float64):
             raise UnsupportedError(
-                f"the {kind} of layer {name!r} is {parameter.dtype}; make it floating, as torch.float32 is"
+                f"the {kind} of layer {name!r} is {parameter.dtype}, and weights that are rounded so coarsely miss "
+                "their radius; call .float() on the model first"
             )
-        bad = int((~torch.isfinite(parameter)).sum())
+        bad = int((~torch.isfinite(parameter.detach())).sum())
         if bad:
             raise ProblemError(
                 f"the {kind} of layer {name!r} has {bad} NaN or infinite entries; "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nettrim.core.problem import check_seed
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods import LayerResult, LayerTask, Method, make_method
 from nettrim.network.calibrate import Batch, Recorded, read_batches, record
@@ -129,8 +130,7 @@ def prune(
     workers = check_executor(executor)
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ProblemError(f"seed={seed!r} is out of range: give a whole number in [0, 2**63).")
+    seed = check_seed(seed)
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
     if out_dir is not None and not resume:

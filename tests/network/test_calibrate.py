@@ -57,6 +57,18 @@ def test_read_only_and_reversed_arrays_are_copied():
     assert batch.inputs[0].tolist() == [[4, 5], [2, 3], [0, 1]]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, ">u2"])
+def test_unsigned_labels_are_classes(dtype):
+    first, second = read_batches([(X, Y.numpy().astype(dtype)), (X, torch.from_numpy(Y.numpy().astype(np.uint16)))])
+    assert torch.equal(torch.cat([first.labels, second.labels]), torch.cat([Y, Y]))
+    assert second.labels.dtype == torch.int64
+
+
+def test_long_doubles_become_doubles():
+    (batch,) = read_batches([X.numpy().astype(np.longdouble)])
+    assert torch.equal(batch.inputs[0], X.double())
+
+
 def test_reading_twice_changes_nothing():
     read = read_batches([(X, Y)])
     assert read_batches(read)[0] is read[0]
@@ -94,6 +106,13 @@ BAD[5, 0] = -torch.inf
         ([np.array(["a", "b"])], "is a <U1 array"),
         ([torch.arange(6).reshape(3, 2)], r"torch.int64.*\.float\(\)"),
         ((X, Y), r"write \[\(input, label\)\]"),
+        ([(X, Y * 1j)], r"labels of batches\[0\] are torch.complex64; pass real numbers"),
+        ([(X, Y), (X, Y[:, None])], r"batches\[0\] have shape \(7,\) and those of batches\[1\] \(7, 1\)"),
+        ([(X, np.full(7, 2**63, dtype=np.uint64))], r"'label'.*holds integers of 2\*\*63 or more"),
+        ([X.to_sparse()], r"batches\[0\].*is a sparse, nested, quantized or meta tensor"),
+        ([torch.ones(2, 3, device="meta")], "meta tensor; pass a plain dense one"),
+        ([np.ma.masked_array(X.numpy(), X.numpy() > 0)], "masked array"),
+        ([np.full((2, 3), 2, dtype=np.longdouble) ** 2000], "6 NaN or infinite"),
     ],
 )
 def test_what_is_not_fit_is_refused(batches, said):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
+from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
 from nettrim.network.trace import LayerSpec, trace
 
 
@@ -229,3 +230,51 @@ def test_lookup_by_name():
     assert graph.layer("0").out_features == 3
     with pytest.raises(UnknownNameError, match=r"'fc'.*'0'"):
         graph.layer("fc")
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    ("name", "said"), [("", "the model"), ("0", "layer '0'"), ("1", "layer '1'"), ("1.0", r"'1\.0'")]
+)
+def test_hooks_are_refused_before_any_of_them_runs(register, name, said):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    calls: list[object] = []
+    handle = getattr(model.get_submodule(name), register)(lambda *args: calls.append(args))
+    with pytest.raises(UnsupportedError, match=rf"{said}.*carries a forward hook.*remove the hooks first"):
+        trace(model)
+    assert calls == []
+    handle.remove()
+    assert trace(model).names == ("0", "1.1")
+
+
+@pytest.mark.parametrize("name", ["", "0"])
+def test_a_forward_that_was_put_on_an_object_is_refused(name):
+    model = nn.Sequential(nn.Linear(2, 2))
+    module = model.get_submodule(name)
+    module.forward = lambda x: 2 * x
+    with pytest.raises(UnsupportedError, match="has a forward that was put on the object"):
+        trace(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch
+def test_compiled_models_are_refused():
+    for compiled in (torch.compile(nn.Sequential(nn.Linear(2, 2))), torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))):
+        with pytest.raises(UnsupportedError, match="is compiled; pass the plain module"):
+            trace(compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coarse_weights_are_refused(dtype):
+    with pytest.raises(UnsupportedError, match=rf"weight of layer '0' is {dtype}.*call \.float\(\) on the model"):
+        trace(nn.Sequential(nn.Linear(2, 2)).to(dtype))
+    assert trace(nn.Sequential(nn.Linear(2, 2)).double()).names == ("0",)
+
+
+def test_a_model_made_in_inference_mode_is_copied_whole():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(2, 2))
+    assert trace(model).names == ("0",)
+    for twin in (frozen_copy(model), double_copy(model)):
+        weight, bias = (tensor.double() + 1 for tensor in layer_arrays(twin, "0"))
+        write_layer(twin, "0", weight, bias)
+        torch.testing.assert_close(twin[0].weight.double(), weight, rtol=1e-6, atol=0)

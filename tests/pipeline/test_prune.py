@@ -224,7 +224,7 @@ def test_accuracy_is_of_the_outputs_also_after_a_last_relu():
         assert ledger.accuracy["calibration"]["dense"] == float((model(x).argmax(1) == labels).double().mean())
 
 
-@pytest.mark.parametrize("seed", [-1, 2**70, "a", 1.5, None])
+@pytest.mark.parametrize("seed", [2**70, "a", 1.5, None])
 def test_a_seed_that_is_none_is_refused(network, batches, seed):
     with pytest.raises(ProblemError, match="seed"):
         nettrim.prune(network, batches, epsilon=0.1, seed=seed, progress=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, j
 from nettrim.core.solvers.admm import Admm
 from nettrim.core.solvers.base import Limits, Solver, Start, zero_answer, zero_fits
 from nettrim.core.solvers.conic import Clarabel, Osqp, Scs
+from nettrim.core.solvers.newton import Newton
 from nettrim.core.solvers.radius import Radius
 from nettrim.errors import ProblemError, SolverError, UnknownNameError, UnsupportedError
 
@@ -27,6 +29,7 @@ _ZERO = "The zero weight is feasible, so it is the answer: the radius is at leas
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "auto": Admm,
     "admm": Admm,
+    "newton": Newton,
     "scs": Scs,
     "clarabel": Clarabel,
     "osqp": lambda: Radius(Osqp()),
@@ -40,8 +43,17 @@ def make_solver(solver: str | Solver) -> Solver:
     ------
     UnknownNameError
         The name is not in `SOLVERS`.
+    ProblemError
+        The object is no solver: a class that is still to be called, None, or anything without `run` and `refuses`.
     """
     if not isinstance(solver, str):
+        complete = all(callable(getattr(solver, name, None)) for name in ("refuses", "run"))
+        if isinstance(solver, type) or not complete:
+            found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
+            raise ProblemError(
+                f"solver is {found}, and no solver object: use one of {', '.join(SOLVERS)}, or an object such as "
+                "Admm()."
+            )
         return solver
     if solver not in SOLVERS:
         raise UnknownNameError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}, or a solver object.")
@@ -103,6 +115,7 @@ def solve_problem(
         The solver does not take such a problem; the text says what does.
     """
     check_limits(tol, max_seconds, on_failure)
+    tol = float(tol)
     chosen = make_solver(solver)
     refusal = chosen.refuses(problem)
     if refusal is not None:
@@ -179,7 +192,7 @@ def solve_layer(
         The dense layer's outputs: after the ReLU for ``ball`` and ``halfspace``, raw for ``linear``.
     epsilon : float > 0
         Relative radius ``r / ‖Y‖_F``. Exactly one of `epsilon`, `radius`, `lam`.
-    radius : float > 0 or Tensor (M,)
+    radius : float > 0, or Tensor, ndarray or list (M,)
         Absolute radius, in the units of `targets`.
     lam : float > 0
         ``λ`` of the regularised twin ``min Σ c|U| + (λ/2) dist²``.
@@ -221,14 +234,15 @@ def solve_layer(
         penalty=penalty,
         per_neuron=per_neuron,
     )
-    solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure)
+    with _failing_as_given(inputs):
+        solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure)
     return _as_given(solution, inputs)
 
 
 def solve_path(
     inputs: Any,
     targets: Any,
-    epsilons: Sequence[float],
+    epsilons: Iterable[float],
     *,
     form: str = "ball",
     ceiling: Any = None,
@@ -241,12 +255,11 @@ def solve_path(
 ) -> list[LayerSolution]:
     """Solve for several relative radii, from sparse (largest) to dense, each from the one before.
 
-    Parameters are those of `solve_layer`; `max_seconds` is for each radius. The solutions come back in the order of
-    `epsilons`.
+    Parameters are those of `solve_layer`; `max_seconds` is for each radius. `epsilons` is any iterable of numbers, and
+    the solutions come back in its order.
     """
-    if len(epsilons) == 0:
-        raise ProblemError("epsilons is empty: give at least one relative radius.")
-    order = sorted(range(len(epsilons)), key=lambda i: -check_amount("epsilons", epsilons[i]))
+    radii = _relative_radii(epsilons)
+    order = sorted(range(len(radii)), key=lambda i: -radii[i])
     found: dict[int, LayerSolution] = {}
     base = build_problem(
         inputs, targets, epsilon=1.0, form=form, ceiling=ceiling, penalty=penalty, per_neuron=per_neuron
@@ -254,12 +267,38 @@ def solve_path(
     assert base.radius is not None
     start: Start | None = None
     for i in order:
-        problem = replace(base, radius=base.radius * epsilons[i])
-        solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start)
+        problem = replace(base, radius=base.radius * radii[i])
+        with _failing_as_given(inputs):
+            solution = solve_problem(
+                problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start
+            )
         if bool(solution.multipliers.any()):
             start = Start(solution.weight, solution.multipliers)
         found[i] = _as_given(solution, inputs)
-    return [found[i] for i in range(len(epsilons))]
+    return [found[i] for i in range(len(radii))]
+
+
+def _relative_radii(epsilons: Any) -> list[float]:
+    """Read the radii of a path, once: a generator has no second reading."""
+    try:
+        iterator = iter(epsilons)
+    except TypeError as error:
+        raise ProblemError(f"epsilons={epsilons!r} is no list: pass several numbers, as in [0.1, 0.2].") from error
+    radii = [check_amount("epsilons", epsilon) for epsilon in iterator]
+    if not radii:
+        raise ProblemError("epsilons is empty: give at least one relative radius.")
+    return radii
+
+
+@contextmanager
+def _failing_as_given(inputs: Any) -> Iterator[None]:
+    """Hand the solution of a `SolverError` over in the kind of array that a returned one has."""
+    try:
+        yield
+    except SolverError as error:
+        if isinstance(error.solution, LayerSolution):
+            error.solution = _as_given(error.solution, inputs)
+        raise
 
 
 def _as_given(solution: LayerSolution, inputs: Any) -> LayerSolution:
@@ -273,6 +312,7 @@ __all__ = [
     "SOLVERS",
     "Admm",
     "Clarabel",
+    "Newton",
     "Osqp",
     "Radius",
     "Scs",
