@@ -8,8 +8,6 @@ traceback); 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -24,15 +22,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 
 import nettrim
 from nettrim.core.problem import FORMS, check_seed
 from nettrim.data import load
 from nettrim.demo import run_demo
-from nettrim.errors import DataError, NetTrimError, ProblemError, UnknownNameError
+from nettrim.errors import DataError, NetTrimError, ProblemError
+from nettrim.loading import load_model, read_arrays
 from nettrim.methods import METHODS, Method, NetTrim
 from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.prune import prune
@@ -181,7 +177,7 @@ def _prune(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
     check_seed(options.seed)
-    model = _model(options.model, options.weights)
+    model = load_model(options.model, options.weights)
     data = load(options.data, download=options.download)
     result = prune(
         model,
@@ -214,7 +210,7 @@ def _code(*ledgers: Ledger) -> int:
 
 
 def _solve(options: argparse.Namespace) -> int:
-    arrays = _arrays(Path(options.file))
+    arrays = read_arrays(Path(options.file))
     if options.out is not None:
         out = Path(options.out).absolute()
         if not out.parent.is_dir():
@@ -335,84 +331,6 @@ def _batches(split: Any, count: int, size: int = 1000) -> list[Any]:
     if labels is None:
         return [inputs[i : i + size] for i in pieces]
     return [(inputs[i : i + size], labels[:count][i : i + size]) for i in pieces]
-
-
-def _model(spec: str, weights: str | None) -> nn.Module:
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
-        raise ProblemError(
-            f"--model {spec!r} names no factory: write package.module:function or path/file.py:function."
-        )
-    try:
-        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-        factory = getattr(module, name, None)
-        if factory is None:
-            raise UnknownNameError(f"--model {spec}: {where} has no {name}.")
-        model = factory()
-    except NetTrimError:
-        raise
-    except SystemExit as stop:
-        raise ProblemError(f"--model {spec} ends the program (SystemExit: {stop}): it must return a network.") from stop
-    except Exception as error:  # a user's own code: whatever it raises is said in one line, and --debug shows it all
-        said = " ".join(str(error).split())
-        raise ProblemError(f"--model {spec} fails: {type(error).__name__}: {said}") from error
-    if not isinstance(model, nn.Module):
-        raise ProblemError(f"--model {spec} returns a {type(model).__name__}, and must return a torch.nn.Module.")
-    if weights is not None:
-        try:
-            model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"--weights {weights} cannot be read: {error}") from error
-        except RuntimeError as error:
-            raise DataError(f"--weights {weights} does not fit the model: {' '.join(str(error).split())}") from error
-    return model
-
-
-def _import_module(name: str) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"--model: {path} is no file.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    # a file that is called like a loaded module must not take its place
-    present = sys.modules.get(path.stem)
-    name = path.stem if getattr(present, "__nettrim_model__", present is None) else f"nettrim_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    vars(module)["__nettrim_model__"] = True
-    # dataclasses and pickle look a class's module up there, so it has to be there before it runs
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _arrays(path: Path) -> dict[str, Any]:
-    try:
-        # opened here, since np.load leaves a damaged file open
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # on a foreign or damaged file, NumPy, zipfile and zlib raise a dozen kinds
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an .npz file ({said}): write it with numpy.savez.") from error
-    missing = [key for key in ("inputs", "targets") if key not in arrays]
-    unknown = sorted(set(arrays) - {"inputs", "targets", "ceiling", "penalty"})
-    if missing or unknown:
-        raise DataError(
-            f"{path} holds {', '.join(arrays) or 'nothing'}: it needs inputs and targets, "
-            "and may hold ceiling and penalty."
-        )
-    return arrays
 
 
 def _print_json(value: Any) -> None:

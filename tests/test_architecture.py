@@ -15,11 +15,12 @@ ALLOWED = {
     "core": {"errors"},
     "network": {"errors"},
     "data": {"errors"},
+    "loading": {"errors"},
     "methods": {"errors", "core", "network"},
     "pipeline": {"errors", "core", "network", "methods"},
     "report": {"errors", "core", "network", "methods", "pipeline"},
     "demo": {"errors", "core", "network", "methods", "pipeline", "report", "data"},
-    "cli": {"errors", "core", "network", "methods", "pipeline", "report", "data", "demo", ""},
+    "cli": {"errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", ""},
     "__main__": {"cli"},
     # the package's own face hands names on from everywhere below the reports
     "": {"errors", "core", "network", "methods", "pipeline"},

@@ -29,6 +29,7 @@ from nettrim.core.problem import LayerProblem, check_amount, check_count
 from nettrim.core.prox import ball_step, quadratic_step, soft_threshold
 from nettrim.core.solution import FEASIBLE, Status
 from nettrim.core.solvers.base import Limits, RawAnswer, Start
+from nettrim.core.solvers.scaling import Scaled, relative_radius
 from nettrim.errors import ProblemError
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -90,7 +91,7 @@ class Admm:
         large = problem.samples * problem.n_inputs * problem.n_outputs >= 2e7
         # a hard ceiling is met to 1e-6 of the largest target, and a tiny radius to 1e-6 of itself: float32 has
         # 1e-7 in all. At a gap of 1e-4 it was seen to stall, a margin of a fifth of that above the radius
-        coarse = tol >= 5e-4 and problem.form != "halfspace" and _relative_radius(problem) >= 1e-2
+        coarse = tol >= 5e-4 and problem.form != "halfspace" and relative_radius(problem) >= 1e-2
         return torch.float32 if large and coarse else torch.float64
 
 
@@ -99,7 +100,7 @@ class Iteration:
 
     def __init__(self, problem: LayerProblem, settings: Admm, limits: Limits, start: Start | None) -> None:
         self.settings, self.limits = settings, limits
-        self.scaled = _Scaled(problem, settings.working_dtype(problem, limits.tol))
+        self.scaled = Scaled(problem, settings.working_dtype(problem, limits.tol))
         self.variables = _Variables(self.scaled, settings, margin=0.2 * limits.tol)
         self.variables.begin(start)
         self.best = Best(self.scaled.problem)
@@ -139,60 +140,10 @@ class Iteration:
         return RawAnswer(weight, multipliers, self.steps, self.otherwise, dtype, damping, note)
 
 
-def _relative_radius(problem: LayerProblem) -> float:
-    if problem.radius is None:
-        return 1.0
-    size = float(torch.linalg.vector_norm(problem.targets.double()))
-    radius = torch.as_tensor(problem.radius, dtype=torch.float64)
-    return float(torch.linalg.vector_norm(radius)) / size if size > 0 else 1.0
-
-
-class _Scaled:
-    """The problem in units where targets and columns have size one; ``objective' = (k/s_y) · objective``.
-
-    Columns are divided by ``d_n``, which leaves them the square root of their relative size (full equalisation
-    was measured worse on image inputs, none at all worse on hidden layers) and takes outliers wholly.
-    """
-
-    def __init__(self, problem: LayerProblem, dtype: torch.dtype) -> None:
-        norms = torch.linalg.vector_norm(problem.inputs.double(), dim=0)
-        alive = norms[norms > 0]
-        typical = alive.median() if alive.numel() else norms.new_ones(())
-        relative = torch.where(norms > 0, norms / typical, 1.0)
-        self.columns = typical * relative / relative.sqrt().clamp(0.03, 30.0)
-        anchor_size = float(torch.linalg.vector_norm(problem.anchor.double())) / problem.targets.numel() ** 0.5
-        self.size = anchor_size if anchor_size > 0 else 1.0
-        self.k = float(typical)
-        assert problem.penalty is not None
-        penalty = problem.penalty * (self.k / self.columns)
-        self.original = problem
-        self.problem = LayerProblem(
-            inputs=problem.inputs.to(dtype) / self.columns.to(dtype),
-            targets=problem.targets.to(dtype) / self.size,
-            form=problem.form,
-            radius=None if problem.radius is None else problem.radius / self.size,
-            lam=None if problem.lam is None else problem.lam * self.k * self.size,
-            ceiling=None if problem.ceiling is None else problem.ceiling.to(dtype) / self.size,
-            penalty=penalty,
-            active=problem.active,
-        )
-
-    def back(self, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(N, M)`` weights and ``(P, M)`` multipliers in the original units, the weight as ``(M, N)``."""
-        u = weight.double() * (self.size / self.columns)[:, None]
-        return u.T.contiguous(), multipliers / self.k
-
-    def into(self, start: Start) -> tuple[Tensor, Tensor]:
-        """Return a start in the scaled units, the weight as ``(N, M)``."""
-        x = self.problem.inputs
-        u = start.weight.to(self.columns).T * (self.columns / self.size)[:, None]
-        return u.to(x), (start.multipliers * self.k).to(x)
-
-
 class _Variables:
     """The variables of the iteration, in the scaled problem: ``U`` and ``W₂`` are ``(N, M)``, the rest ``(P, M)``."""
 
-    def __init__(self, scaled: _Scaled, settings: Admm, margin: float) -> None:
+    def __init__(self, scaled: Scaled, settings: Admm, margin: float) -> None:
         self.scaled, self.problem, self.settings = scaled, scaled.problem, settings
         p = self.problem
         self.target = p.tightened(margin)
@@ -226,7 +177,7 @@ class _Variables:
             self.u, gamma = self.scaled.into(start)
             self.z = p.inputs @ self.u
         # without multipliers the residual is guessed to be the radius, or a tenth of the targets
-        epsilon = 0.1 if p.radius is None else _relative_radius(p)
+        epsilon = 0.1 if p.radius is None else relative_radius(p)
         self.a = min(1.0, self.ratio * epsilon) * self._first_lam()
         if gamma is not None:
             wanted = self._wanted(gamma)
@@ -365,7 +316,7 @@ class _Variables:
         leaves = torch.where((pull > 0) & (self.penalty > 0), self.penalty / pull, torch.inf).amin(0)
         finite = torch.isfinite(leaves)
         typical = leaves[finite].median() if bool(finite.any()) else leaves.new_ones(())
-        epsilon = min(1.0, max(1e-4, _relative_radius(p)))
+        epsilon = min(1.0, max(1e-4, relative_radius(p)))
         return (typical if self.axis is None else torch.where(finite, leaves, typical)) / epsilon**2
 
 
