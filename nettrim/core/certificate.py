@@ -193,18 +193,20 @@ def best_bound(problem: LayerProblem, products: Tensor, linear: Tensor, square: 
         ``⟨Γ_m, T_m⟩`` and the ``‖Γ_m‖²`` that the form's norm counts.
     """
     assert problem.penalty is not None
+    if not bool(torch.isfinite(products).all() & torch.isfinite(linear).all() & torch.isfinite(square).all()):
+        return torch.zeros_like(linear), 0.0  # of overflown multipliers nothing follows
     scale = _best_scales(problem, linear, square, _largest_scales(problem.penalty.T.to(products), products))
-    value = float((scale * linear).sum())
+    gain = float((scale * linear).sum())
     norm = (scale * scale * square).sum(0)
     if problem.lam is not None:
-        value -= float(norm) / (2 * problem.lam)
+        cost = float(norm) / (2 * problem.lam)
     elif isinstance(problem.radius, Tensor):
-        value -= float((problem.radius * scale * square.sqrt()).sum())
+        cost = float((problem.radius * scale * square.sqrt()).sum())
     else:
         assert problem.radius is not None
-        value -= problem.radius * float(norm.sqrt())
-    # the norm is never negative, so 0 is a bound too
-    return scale, max(0.0, value)
+        cost = problem.radius * float(norm.sqrt())
+    # what cancels leaves its rounding behind; and the norm is never negative, so 0 is a bound too
+    return scale, max(0.0, gain - cost - 1e-14 * (gain + cost))
 
 
 def _centre_free_columns(problem: LayerProblem, gamma: Tensor) -> tuple[Tensor, int]:

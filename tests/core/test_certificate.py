@@ -149,7 +149,7 @@ def test_a_neuron_without_active_samples_costs_no_radius_under_a_hard_ceiling():
     problem = LayerProblem(x, y, "halfspace", 0.5, ceiling=ceiling)
     # the first neuron pays r: 1 − 0.5; the second must reach −1 and −2
     assert feasible_multipliers(problem, tensor([7.0, -4.0], [0.0, -4.0])).bound == pytest.approx(3.5)
-    assert certify(problem, tensor([0.5, 0.0], [-1.0, -2.0]), tensor([1.0, -1.0], [0.0, -1.0])).gap == 0.0
+    assert certify(problem, tensor([0.5, 0.0], [-1.0, -2.0]), tensor([1.0, -1.0], [0.0, -1.0])).gap <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["identity", "joint ball", "per-neuron balls", "linear layer", "soft threshold"])
@@ -337,3 +337,18 @@ def test_nearly_equal_free_columns_prove_nothing():
     certificate = certify(problem, exact, z - z.mean())
     assert certificate.objective == 0
     assert certificate.lower_bound <= 0
+
+
+def test_overflown_multipliers_prove_nothing():
+    problem = LayerProblem(torch.eye(2).double(), torch.ones(2, 1).double(), radius=0.1)
+    gamma = torch.full((2, 1), 1e200, dtype=torch.float64)
+    assert feasible_multipliers(problem, gamma).bound == 0.0
+
+
+def test_inputs_that_are_all_zero_give_no_bound_by_rounding():
+    """Every Γ is feasible there, and only what is left after cancelling counts."""
+    problem = LayerProblem(torch.zeros(40, 3).double(), torch.rand(40, 5).double(), radius=9.0)
+    zero = torch.zeros(5, 3, dtype=torch.float64)
+    certificate = certify(problem, zero, torch.rand(40, 5).double())
+    assert certificate.violation == 0
+    assert certificate.lower_bound == 0

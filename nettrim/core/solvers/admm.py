@@ -109,8 +109,8 @@ class Iteration:
 
     @property
     def done(self) -> bool:
-        """Whether the certificate holds, or the clock has run out."""
-        return self.best.gap <= 0.9 * self.limits.tol or self.otherwise is Status.TIME_LIMIT
+        """Whether the certificate holds, the clock has run out, or the numbers have overflown."""
+        return self.best.gap <= 0.9 * self.limits.tol or self.otherwise is Status.TIME_LIMIT or self.best.broken
 
     def until(self, last: int) -> None:
         """Go on to step number `last`, or until done."""
@@ -327,7 +327,9 @@ class Best:
         self.problem = problem
         self.objective, self.bound = float("inf"), -float("inf")
         self.violation = float("inf")
-        self.weight = self.multipliers = problem.inputs.new_empty(0)
+        self.weight = problem.inputs.new_zeros(problem.n_inputs, problem.n_outputs)
+        self.multipliers = problem.inputs.new_zeros(problem.samples, problem.n_outputs)
+        self.broken = False
         self.last_gap = self.last_violation = self.last_objective = float("inf")
 
     def consider(self, weight: Tensor, multipliers: Tensor) -> None:
@@ -345,6 +347,10 @@ class Best:
         objective = float((p.penalty.T * weight.double().abs()).sum())  # type: ignore[union-attr]
         if p.lam is not None:
             objective += 0.5 * p.lam * distance**2
+        if not (math.isfinite(objective) and math.isfinite(distance) and math.isfinite(violation)):
+            # where no weight is feasible, multipliers grow without end, and overflow at last
+            self.broken = True
+            return
         if bound > self.bound:
             self.bound, self.multipliers = bound, multipliers()
         # a feasible weight beats every infeasible one; among the infeasible the nearest is kept
