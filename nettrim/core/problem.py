@@ -190,9 +190,9 @@ class LayerProblem:
         assert self.active is not None
         return self.active
 
-    def residual(self, outputs: Tensor, anchor: Tensor | None = None) -> Tensor:
+    def residual(self, outputs: Tensor) -> Tensor:
         """Return ``R (P, M)``: what of ``Z`` counts against the fit (and, for ``halfspace``, breaks the ceiling)."""
-        difference = outputs - (self.anchor if anchor is None else anchor)
+        difference = outputs - self.anchor
         if self.form == "linear":
             return difference
         return torch.where(self._mask, difference, difference.clamp(min=0))
@@ -329,7 +329,6 @@ def build_problem(
     form: str = "ball",
     ceiling: Any = None,
     penalty: Any = None,
-    active: Any = None,
     per_neuron: bool = False,
 ) -> LayerProblem:
     """Make a problem from exactly one of `epsilon`, `radius` and `lam`.
@@ -363,4 +362,4 @@ def build_problem(
         if per_neuron and not isinstance(radius, Tensor):
             inputs, targets = check_pair(inputs, targets)
             radius = torch.full((targets.shape[1],), radius, dtype=torch.float64)
-    return LayerProblem(inputs, targets, form, radius, lam, ceiling, penalty, active)
+    return LayerProblem(inputs, targets, form, radius, lam, ceiling, penalty)

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import Certificate
-
 AMOUNTS = ("epsilon", "sparsity", "lam")
 
 
@@ -59,33 +57,24 @@ class LayerTask:
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """A pruned layer, and what a method knows about it.
+    """A pruned layer, and how it came about. What it is worth is computed from these by the ledger, not said here.
 
     Attributes
     ----------
     weight : Tensor (M, N)
         Exactly zero where pruned.
     bias : Tensor (M,) or None
-    mask : bool Tensor (M, N)
-        True = kept.
     seconds : float
-    certificate : Certificate or None
-        None for a method that solves no convex program.
     multipliers : Tensor (P, M) or None
-        Behind the certificate.
-    promised : float or None
-        What the layer's error ``‖σ(X Ûᵀ) − Y‖_F`` cannot exceed on the task's inputs; None where nothing is promised.
+        What a certificate can be made from; None for a method that solves no convex program.
     facts : dict
         How the problem was set up (what `verify` needs to set it up again) and how it was solved; JSON values.
     """
 
     weight: Tensor
     bias: Tensor | None
-    mask: Tensor
     seconds: float
-    certificate: Certificate | None = None
     multipliers: Tensor | None = None
-    promised: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 

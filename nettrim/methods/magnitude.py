@@ -21,4 +21,4 @@ class Magnitude:
         began = time.monotonic()
         mask = keep_largest(task.weight.abs(), kept_count(task.weight.numel(), task.value))
         weight = task.weight.where(mask, 0.0)
-        return LayerResult(weight, task.bias, mask, time.monotonic() - began)
+        return LayerResult(weight, task.bias, time.monotonic() - began)

@@ -111,16 +111,7 @@ class NetTrim:
             "damping": stats.damping,
             "note": stats.note,
         }
-        return LayerResult(
-            weight,
-            bias,
-            weight != 0,
-            time.monotonic() - began,
-            solution.certificate,
-            solution.multipliers,
-            promise(facts, solution.certificate, task.targets),
-            facts,
-        )
+        return LayerResult(weight, bias, time.monotonic() - began, solution.multipliers, facts)
 
     def _given(self, task: LayerTask) -> dict[str, Any]:
         """Return what was asked for: all that `derive` needs beside the data."""

@@ -62,16 +62,13 @@ class LObs:
             score[:, -1] = torch.inf
         order = torch.argsort(score.flatten(), stable=True)[:remove]
         weight = _sweep(dense.clone(), inverse, order)
-        mask = torch.ones(dense.numel(), dtype=torch.bool, device=dense.device)
-        mask[order] = False
-        mask = mask.reshape(dense.shape)
         bias = None
         if task.bias is not None:
-            weight, bias, mask = weight[:, :-1], weight[:, -1], mask[:, :-1]
+            weight, bias = weight[:, :-1], weight[:, -1]
         change = torch.cat([weight, bias[:, None]], dim=1) - dense if bias is not None else weight - dense
         # E = (1/P)‖Ẑ − Z‖² on these inputs, without the damping
         facts = {"damping": self.damping + extra, "E": float(((change @ hessian) * change).sum())}
-        return LayerResult(weight, bias, mask, time.monotonic() - began, facts=facts)
+        return LayerResult(weight, bias, time.monotonic() - began, facts=facts)
 
 
 def _sweep(weight: Tensor, inverse: Tensor, order: Tensor) -> Tensor:

@@ -290,7 +290,6 @@ def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
 
     weight, dense_weight = stored(result.weight), stored(task.weight)
     assert weight is not None and dense_weight is not None
-    # a weight that rounds to zero in the model's dtype is pruned, whatever the method's mask says
     return LayerEvidence(
         name=task.name,
         relu=task.relu,

@@ -1,7 +1,7 @@
 """ADMM, the method of the Net-Trim papers, in a form that reaches a certified gap.
 
-The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is sparse, and one factorisation of ``a
-XᵀX + b I`` serves every iteration. What differs from them, and why:
+The splitting is the papers': ``W₁ = X Uᵀ`` meets the fit, ``W₂ = U`` is sparse, and one factorisation of
+``a XᵀX + b I`` serves every iteration until ``b/a`` changes. What differs from them, and why:
 
 * inputs, targets and penalty are scaled first, so that the same settings serve any units;
 * the two penalties ``a`` (fit) and ``b`` (sparsity) are separate. ``a`` is a multiple of ``‖Γ‖/‖Y‖``, estimated on the
@@ -9,7 +9,7 @@ XᵀX + b I`` serves every iteration. What differs from them, and why:
   balls only: at ``r = 10⁻³ ‖Y‖`` it never certified.) ``b`` is balanced by its residuals [Boyd et al. 2011, §3.4.1];
 * over-relaxation by 1.8 [Boyd et al. 2011, §3.4.3];
 * it aims at a radius a hair smaller, so that the sparse iterate itself becomes feasible and is returned as it is;
-* it stops on the certificate (evaluated in the working dtype), on `max_iter` or on the clock, and on nothing else.
+* it stops on the certificate (evaluated in the working dtype), on `max_iter`, on the clock, or where numbers overflow.
 
 An iteration costs one GEMM pair, ``2 N² M`` flops more, and seven passes over ``(P, M)`` arrays, of which six are held.
 """

@@ -36,7 +36,6 @@ class Scaled:
         self.k = float(typical)
         assert problem.penalty is not None
         penalty = problem.penalty * (self.k / self.columns)
-        self.original = problem
         self.problem = LayerProblem(
             inputs=problem.inputs.to(dtype) / self.columns.to(dtype),
             targets=problem.targets.to(dtype) / self.size,
