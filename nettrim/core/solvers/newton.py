@@ -27,8 +27,10 @@ from torch import Tensor
 
 from nettrim.core.certificate import best_bound
 from nettrim.core.problem import LayerProblem
+from nettrim.core.solution import Status
 from nettrim.core.solvers.admm import Admm, Best, Iteration
 from nettrim.core.solvers.base import Limits, RawAnswer, Start
+from nettrim.core.solvers.scaling import Scaled, relative_radius
 from nettrim.errors import MissingExtraError, ProblemError
 
 
@@ -55,7 +57,7 @@ class Newton:
         numba is not installed.
     """
 
-    first: int = 30
+    first: int = 20
     steps: int = 8
     start: Admm = field(default_factory=Admm)
 
@@ -71,105 +73,165 @@ class Newton:
         return None
 
     def run(self, problem: LayerProblem, limits: Limits, start: Start | None) -> RawAnswer:
-        """Alternate ADMM and Newton steps, until the certificate holds, or the iterations or the clock run out."""
+        """Make Newton steps from a rough start, then alternate with ADMM until the certificate holds or time is up."""
+        if problem.form == "halfspace" or problem.inputs.device.type != "cpu":
+            return self.start.run(problem, limits, start)
+        made, found = 0, None
+        if start is not None or problem.samples >= 4 * problem.n_inputs:
+            found = Steps(Scaled(problem, _working_dtype(problem, limits.tol)), limits)
+            if start is not None:
+                found.begin_at(start)
+            else:
+                found.begin(*self._rough(problem, found.scaled, limits))
+            made = found.make(self.steps)
+            if found.done:
+                weight, gamma = found.scaled.back(found.best.weight, found.best.multipliers)
+                return RawAnswer(weight, gamma, 0, Status.MAX_ITER, found.x.dtype, note=self.note(made))
         iteration = Iteration(problem, self.start, limits, start)
-        able = problem.form != "halfspace" and problem.inputs.device.type == "cpu"
-        made = 0
-        if able and start is None and problem.samples >= 8 * problem.n_inputs:
-            made = self._coarse_to_fine(iteration.best, limits)
-        last = self.first
+        if found is not None:
+            inputs = iteration.scaled.problem.inputs
+            iteration.best.consider(found.best.weight.to(inputs), found.best.multipliers.to(inputs))
+        steps, last = Steps(iteration.scaled, limits, iteration.best), self.first
         while not iteration.done:
             iteration.until(min(last, self.start.max_iter))
             if iteration.done or iteration.steps >= self.start.max_iter:
                 break
-            if able:
-                variables = iteration.variables
-                made += newton_steps(iteration.best, variables.sparse.T, variables.lam(), self.steps, limits).made
+            steps.begin(iteration.variables.sparse.T, iteration.variables.lam())
+            made += steps.make(self.steps)
             last *= 3
-        return iteration.answer(f"{made} Newton steps." if made else "")
+        return iteration.answer(self.note(made))
 
-    def _coarse_to_fine(self, best: Best, limits: Limits) -> int:
-        """Solve roughly on a quarter of the rows, and make Newton steps on all of them from there."""
-        p = best.problem
-        rows = torch.randperm(p.samples, generator=torch.Generator().manual_seed(0))[: p.samples // 4]
-        share = len(rows) / p.samples
-        assert p.active is not None
+    @staticmethod
+    def note(made: int) -> str:
+        """Say how many steps there were."""
+        return f"{made} Newton steps." if made else ""
+
+    def _rough(self, problem: LayerProblem, scaled: Scaled, limits: Limits) -> tuple[Tensor, Tensor]:
+        """Solve roughly on a quarter of the rows, and return the weight and ``λ`` in the units of `scaled`."""
+        rows = torch.randperm(problem.samples, generator=torch.Generator().manual_seed(0))[: problem.samples // 4]
+        share = len(rows) / problem.samples
+        assert problem.active is not None
         quarter = replace(
-            p,
-            inputs=p.inputs[rows],
-            targets=p.targets[rows],
-            ceiling=None if p.ceiling is None else p.ceiling[rows],
-            active=p.active[rows],
-            radius=None if p.radius is None else p.radius * share**0.5,
-            lam=None if p.lam is None else p.lam / share,
+            problem,
+            inputs=problem.inputs[rows],
+            targets=problem.targets[rows],
+            ceiling=None if problem.ceiling is None else problem.ceiling[rows],
+            active=problem.active[rows],
+            radius=None if problem.radius is None else problem.radius * share**0.5,
+            lam=None if problem.lam is None else problem.lam / share,
         )
         # no sharper: the quarter's optimum is not the whole's
-        rough = Limits(0.1, limits.deadline)
-        coarse = Iteration(quarter, self.start, rough, None)
-        coarse.until(self.first)
-        found = newton_steps(coarse.best, coarse.variables.sparse.T, coarse.variables.lam(), self.steps, rough)
-        weight, _ = coarse.scaled.back(found.weight.T, coarse.variables.step)
-        lam = found.lam * (share / (coarse.scaled.k * coarse.scaled.size))
-        return found.made + newton_steps(best, weight.to(p.inputs), lam, self.steps, limits).made
+        rough = Limits(0.3, limits.deadline)
+        iteration = Iteration(quarter, self.start, rough, None)
+        iteration.until(self.first)
+        steps = Steps(iteration.scaled, rough)
+        steps.begin(iteration.variables.sparse.T, iteration.variables.lam())
+        steps.make(self.steps)
+        weight, _ = steps.scaled.back(steps.u.T, steps.u[:0])
+        lam = steps.lam * share / (steps.scaled.k * steps.scaled.size)
+        return scaled.weight_into(weight).T, lam * (scaled.k * scaled.size)
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Where some Newton steps led: how many were made, the weight ``(M, N)``, and every neuron's ``λ (M,)``."""
-
-    made: int
-    weight: Tensor
-    lam: Tensor
+def _working_dtype(problem: LayerProblem, tol: float) -> torch.dtype:
+    """Return what the products run in: float32 where it resolves the radius and the gap, on large problems."""
+    large = problem.samples * problem.n_inputs * problem.n_outputs >= 2e7
+    fine = tol * min(1.0, 10 * relative_radius(problem)) < 5e-5
+    return torch.float32 if large and not fine else torch.float64
 
 
-def newton_steps(best: Best, weight: Tensor, lam: Tensor, steps: int, limits: Limits) -> Found:
-    """Make Newton steps on the problem of `best`, to which every weight and multipliers on the way are offered."""
-    from nettrim.core.solvers.kernels import directions
+class Steps:
+    """Newton steps of all neurons together, on a scaled problem; `best` is offered every weight on the way."""
 
-    p = best.problem
-    if float(lam.max()) <= 0:
-        return Found(0, weight, lam)  # nothing presses against the fit yet
-    # a neuron without multipliers (a dead one) takes a λ like the others'
-    lam = torch.where(lam > 0, lam, lam.max())
-    target = p.tightened(0.1 * limits.tol)
-    assert p.active is not None and p.penalty is not None
-    x, anchor, penalty = p.inputs, p.anchor.T.contiguous(), p.penalty.to(p.inputs.dtype).contiguous()
-    floor = None if p.form == "linear" else torch.where(p.active.T, -torch.inf, 0.0).to(x.dtype).contiguous()
-    u, made = weight.contiguous(), 0
-    z = u @ x.T
-    r = _residual(z, anchor, floor)
-    g = r @ x
-    while made < steps:
-        made += 1
-        lam, d = _meet_radius(target, lam, r, directions(x, r, u, g, penalty, lam, floor))
-        u, z = _line_search(u, z, d, d @ x.T, anchor, floor, penalty, lam)
-        r = _residual(z, anchor, floor)
-        g = r @ x
-        _offer(best, u, lam, r, g, anchor)
-        if best.gap <= 0.9 * limits.tol or limits.out_of_time():
-            break
-    return Found(made, u, lam)
+    def __init__(self, scaled: Scaled, limits: Limits, best: Best | None = None) -> None:
+        from nettrim.core.solvers.kernels import Models
 
+        p = scaled.problem
+        self.scaled, self.limits, self.best = scaled, limits, best or Best(p)
+        self.target = p.tightened(0.1 * limits.tol)
+        assert p.active is not None and p.penalty is not None
+        self.x, self.anchor = p.inputs, p.anchor.T.contiguous()
+        self.penalty = p.penalty.to(p.inputs.dtype).contiguous()
+        # R = max(Z − T, floor): −∞ on the active set, 0 off it
+        self.floor = None if p.form == "linear" else torch.where(p.active.T, -torch.inf, 0.0).to(self.x).contiguous()
+        self.models = Models(self.x, self.penalty, self.floor)
 
-def _offer(best: Best, u: Tensor, lam: Tensor, r: Tensor, g: Tensor, anchor: Tensor) -> None:
-    """Offer a weight and its residual's multipliers, ``Γ = −λR``, whose products are all at hand."""
-    p = best.problem
-    norms = torch.linalg.vector_norm(r, dim=1).double()
-    distance = float(norms.norm())
-    violation = 0.0
-    if isinstance(p.radius, Tensor):
-        scale = torch.where(p.radius > 0, p.radius, p.radius.mean())
-        violation = max(0.0, float(((norms - p.radius) / scale).max()))
-    elif p.radius is not None:
-        violation = max(0.0, (distance - p.radius) / p.radius)
-    linear = -lam * (r * anchor).sum(1)
-    scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, (lam * norms.to(lam)) ** 2)
-    best.keep(u.T, violation, distance, lambda: r.T * (-lam * scale), bound)
+    @property
+    def done(self) -> bool:
+        """Whether the certificate holds."""
+        return self.best.gap <= 0.9 * self.limits.tol
 
+    def begin(self, weight: Tensor, lam: Tensor) -> None:
+        """Start at a weight ``(M, N)`` and every neuron's ``λ (M,)``, both scaled."""
+        self.u, self.lam = weight.to(self.x).contiguous(), lam.to(self.x)
+        self.z = self.u @ self.x.T
+        self.r = self._residual(self.z)
 
-def _residual(z: Tensor, anchor: Tensor, floor: Tensor | None) -> Tensor:
-    difference = z - anchor
-    return difference if floor is None else torch.maximum(difference, floor, out=difference)
+    def begin_at(self, start: Start) -> None:
+        """Start at a nearby problem's weight and multipliers, in its own units; ``λ`` is ``‖Γ‖/‖R‖``."""
+        p = self.scaled.problem
+        weight, gamma = self.scaled.into(start)
+        self.begin(weight.T, weight.new_full((p.n_outputs,), p.lam or 0.0))
+        if p.lam is None:
+            dims = 0 if p.per_neuron else None
+            distance = torch.linalg.vector_norm(self.r.T, dim=dims)
+            lam: Tensor = torch.linalg.vector_norm(gamma, dim=dims) / distance.clamp(min=1e-30)
+            self.lam = lam.expand(p.n_outputs).contiguous()
+
+    def make(self, steps: int) -> int:
+        """Make `steps` steps at the most, and return how many were made."""
+        if not 0 < float(self.lam.max()) < torch.inf:
+            return 0  # nothing presses against the fit yet
+        # a neuron without multipliers (a dead one) takes a λ like the others'
+        self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
+        g = self.r @ self.x
+        made = 0
+        while made < steps:
+            made += 1
+            model = self.models.directions(self.r, self.u, g, self.lam)
+            self.lam, d = _meet_radius(self.target, self.lam, self.r, model)
+            self._line_search(d, d @ self.x.T)
+            g = self.r @ self.x
+            self._offer(g)
+            if self.done or self.limits.out_of_time():
+                break
+        return made
+
+    def _offer(self, g: Tensor) -> None:
+        """Offer the weight and its residual's multipliers, ``Γ = −λR``, whose products are all at hand."""
+        p, r, lam = self.scaled.problem, self.r, self.lam
+        norms = torch.linalg.vector_norm(r, dim=1).double()
+        distance = float(norms.norm())
+        violation = 0.0
+        if isinstance(p.radius, Tensor):
+            size = torch.where(p.radius > 0, p.radius, p.radius.mean())
+            violation = max(0.0, float(((norms - p.radius) / size).max()))
+        elif p.radius is not None:
+            violation = max(0.0, (distance - p.radius) / p.radius)
+        linear = -lam * (r * self.anchor).sum(1)
+        scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, (lam * norms.to(lam)) ** 2)
+        self.best.keep(self.u.T, violation, distance, lambda: r.T * (-lam * scale), bound)
+
+    def _residual(self, z: Tensor) -> Tensor:
+        difference = z - self.anchor
+        return difference if self.floor is None else torch.maximum(difference, self.floor, out=difference)
+
+    def _line_search(self, d: Tensor, xd: Tensor) -> None:
+        """Halve each neuron's step until ``Σ c|u| + (λ/2) dist²`` does not rise, five times at the most."""
+
+        def value(weight: Tensor, r: Tensor) -> Tensor:
+            return (self.penalty * weight.abs()).sum(1) + 0.5 * self.lam * (r * r).sum(1)
+
+        before = value(self.u, self.r)
+        allowed = before + 1e-5 * before.abs()
+        alpha = torch.ones_like(before)
+        for attempt in range(6):
+            u, z = self.u + alpha[:, None] * d, self.z + alpha[:, None] * xd
+            r = self._residual(z)
+            worse = value(u, r) > allowed
+            if attempt == 5 or not bool(worse.any()):
+                break
+            alpha = torch.where(worse, 0.5 * alpha, alpha)
+        self.u, self.z, self.r = u, z, r
 
 
 def _meet_radius(target: LayerProblem, lam: Tensor, r: Tensor, out: Any) -> tuple[Tensor, Tensor]:
@@ -193,23 +255,3 @@ def _meet_radius(target: LayerProblem, lam: Tensor, r: Tensor, out: Any) -> tupl
     new = torch.minimum(torch.maximum(new, old / 1.6), old * 1.6)
     d = d - (new - old).to(d)[:, None] * v
     return (1 / new).to(lam).expand(lam.shape).contiguous(), d
-
-
-def _line_search(
-    u: Tensor, z: Tensor, d: Tensor, xd: Tensor, anchor: Tensor, floor: Tensor | None, penalty: Tensor, lam: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Halve each neuron's step until ``Σ c|u| + (λ/2) dist²`` does not rise, five times at the most."""
-
-    def value(weight: Tensor, outputs: Tensor) -> Tensor:
-        r = _residual(outputs, anchor, floor)
-        return (penalty * weight.abs()).sum(1) + 0.5 * lam * (r * r).sum(1)
-
-    before = value(u, z)
-    allowed = before + 1e-5 * before.abs()
-    alpha = torch.ones_like(before)
-    for _ in range(5):
-        worse = value(u + alpha[:, None] * d, z + alpha[:, None] * xd) > allowed
-        if not bool(worse.any()):
-            break
-        alpha = torch.where(worse, 0.5 * alpha, alpha)
-    return u + alpha[:, None] * d, z + alpha[:, None] * xd

@@ -54,6 +54,9 @@ class Scaled:
 
     def into(self, start: Start) -> tuple[Tensor, Tensor]:
         """Return a start in the scaled units, the weight as ``(N, M)``."""
-        x = self.problem.inputs
-        u = start.weight.to(self.columns).T * (self.columns / self.size)[:, None]
-        return u.to(x), (start.multipliers * self.k).to(x)
+        return self.weight_into(start.weight), (start.multipliers * self.k).to(self.problem.inputs)
+
+    def weight_into(self, weight: Tensor) -> Tensor:
+        """Return a weight ``(M, N)`` in the scaled units, as ``(N, M)``."""
+        scaled: Tensor = weight.to(self.columns).T * (self.columns / self.size)[:, None]
+        return scaled.to(self.problem.inputs)
