@@ -1,0 +1,1 @@
+"""Solvers on one layer, side by side: certified gap against seconds and GEMM pairs."""
