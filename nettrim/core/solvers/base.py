@@ -129,3 +129,10 @@ def hair(problem: LayerProblem, tol: float) -> float:
         size = float(torch.linalg.vector_norm(problem.targets.double()))
         margin += 3e-8 * size / float(torch.linalg.vector_norm(torch.as_tensor(problem.radius).double()))
     return min(margin, 0.1)
+
+
+def constant_column(problem: LayerProblem) -> int | None:
+    """Return the index of a column that is constant and positive, such as a bias column, or None."""
+    x = problem.inputs
+    constant = ((x == x[0]).all(0) & (x[0] > 0)).nonzero().flatten()
+    return int(constant[-1]) if constant.numel() else None

@@ -29,21 +29,24 @@ class Models:
     x : Tensor (P, N)
     penalty : Tensor (M, N)
         ``c``.
-    floor : Tensor (M, P) or None
-        ``−∞`` on the active set, 0 off it; None where everything is active.
+    on : bool Tensor (M, P) or None
+        The active set ``Ω``; None where everything is active.
     """
 
-    def __init__(self, x: Tensor, penalty: Tensor, floor: Tensor | None) -> None:
+    def __init__(self, x: Tensor, penalty: Tensor, on: Tensor | None) -> None:
         # columns are gathered, so they lie in one piece
         self.columns_of_x = np.ascontiguousarray(x.numpy().T)
         self.penalty = penalty.numpy()
-        self.floor = None if floor is None else floor.numpy() < 0
+        self.on = None if on is None else on.numpy()
         self.everything = np.ones(x.shape[0], np.bool_)
         self.nothing = np.empty(0, np.int64), np.empty((0, 0), self.columns_of_x.dtype), self.everything
+        self.no_rows = np.empty(0, np.int64)
         self.kept: dict[int, tuple[Any, Any, Any]] = {}
         self.bytes = 0
 
-    def directions(self, r: Tensor, u: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def directions(
+        self, r: Tensor, u: Tensor, g: Tensor, lam: Tensor, off_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return for every neuron its step and how the step depends on ``λ``.
 
         Parameters
@@ -53,6 +56,9 @@ class Models:
         u, g : Tensor (M, N)
             Weights and ``XᵀR``.
         lam : Tensor (M,)
+        off_weight : Tensor (M,), optional
+            How much squares off the active set count more than those on it. When given, what they add to a Hessian is
+            made anew at every step, since few of them are positive and the weights change.
 
         Returns
         -------
@@ -66,12 +72,20 @@ class Models:
         m, n = u.shape
         d, v = np.zeros((m, n), u.numpy().dtype), np.zeros((m, n), u.numpy().dtype)
         sums = np.zeros((m, 3))
+        weights = np.ones(m) if off_weight is None else off_weight.numpy()
         r_, u_, g_, mu = r.numpy(), u.numpy(), g.numpy(), (1 / lam).numpy()
 
         def work(i: int) -> None:
-            active = self.everything if self.floor is None else _active(r_[i], self.floor[i])
+            on = self.everything if self.on is None else self.on[i]
+            positive = on | (r_[i] > 0)
+            extra = self.no_rows
+            if off_weight is not None:
+                positive, extra = on, np.nonzero(positive & ~on)[0]
             old = self.kept.get(i, self.nothing)
-            new = _one(self.columns_of_x, active, old, u_[i], g_[i], self.penalty[i], mu[i], d[i], v[i], sums[i])
+            new = _one(
+                *(self.columns_of_x, positive, extra, weights[i], old),
+                *(u_[i], g_[i], self.penalty[i], mu[i], d[i], v[i], sums[i]),
+            )
             grown = new[1].nbytes - old[1].nbytes
             if i in self.kept or self.bytes + grown <= _BUDGET:
                 self.bytes += grown
@@ -85,12 +99,20 @@ class Models:
 
 
 @numba.njit(nogil=True, cache=True)
-def _active(r: Any, on: Any) -> Any:
-    return (r > 0) | on
-
-
-@numba.njit(nogil=True, cache=True)
-def _one(xt: Any, active: Any, kept: Any, u: Any, g: Any, c: Any, per_lam: Any, d: Any, v: Any, sums: Any) -> Any:
+def _one(
+    xt: Any,
+    active: Any,
+    extra: Any,
+    weight: Any,
+    kept: Any,
+    u: Any,
+    g: Any,
+    c: Any,
+    per_lam: Any,
+    d: Any,
+    v: Any,
+    sums: Any,
+) -> Any:
     """Solve one neuron's model, write what `Models.directions` returns, and return its columns, Hessian and samples."""
     mu = c * per_lam
     wanted = _working_set(u, g, mu)
@@ -101,8 +123,13 @@ def _one(xt: Any, active: Any, kept: Any, u: Any, g: Any, c: Any, per_lam: Any, 
                 d[n] = -u[n]
         return np.empty(0, np.int64), np.empty((0, 0), xt.dtype), active
     columns, h = _hessian(xt, active, wanted, *kept)
+    full = h
+    if extra.shape[0]:
+        full = _product(_gather(xt, columns, extra))
+        full *= weight
+        full += h
     here, step, q = u[columns], np.zeros(columns.shape[0], xt.dtype), g[columns]
-    move = _minimise(h, q, here, step, mu[columns])
+    move = _minimise(full, q, here, step, mu[columns])
     for j in range(columns.shape[0]):
         n = columns[j]
         d[n] = step[j]

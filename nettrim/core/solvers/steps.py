@@ -1,0 +1,152 @@
+"""Newton steps for the ball and linear forms, all neurons in lock-step, so that products are GEMMs.
+
+The one-sided loss is piecewise quadratic. On a neuron's support ``S`` its Hessian is ``X_SᵀX_S`` over the active
+samples ``A = Ω ∪ {Z > T}``, so once signs and active samples are right, one step is exact. A step of all neurons:
+
+1. residual ``R`` and gradient ``G = XᵀR`` (one GEMM);
+2. for each neuron a working set (support, free columns, and what presses against the penalty), the Hessian over its
+   active samples, the quadratic program with the ``ℓ1`` term by coordinate descent, then its exact solution on the
+   support (`nettrim.core.solvers.kernels`);
+3. with a radius, ``λ``: the step's own model says ``dist² = A + B/λ²`` on a fixed support, so the ``λ`` that meets the
+   radius and the weights that go with it are found together;
+4. a line search for each neuron (one GEMM).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nettrim.core.certificate import best_bound
+from nettrim.core.problem import LayerProblem
+from nettrim.core.solvers.admm import Best
+from nettrim.core.solvers.base import Limits
+from nettrim.core.solvers.scaling import Scaled
+
+
+class Steps:
+    """Newton steps of all neurons together, on a scaled problem; `best` is offered every weight on the way."""
+
+    def __init__(self, scaled: Scaled, limits: Limits, best: Best | None = None) -> None:
+        from nettrim.core.solvers.kernels import Models
+
+        p = scaled.problem
+        self.scaled, self.limits, self.best = scaled, limits, best or Best(p)
+        self.target = p.tightened(0.1 * limits.tol)
+        assert p.active is not None and p.penalty is not None
+        self.x, self.anchor = p.inputs, p.anchor.T.contiguous()
+        self.penalty = p.penalty.to(p.inputs.dtype).contiguous()
+        # R = max(Z − T, floor): −∞ on the active set, 0 off it
+        self.floor = None if p.form == "linear" else torch.where(p.active.T, -torch.inf, 0.0).to(self.x).contiguous()
+        self.models = Models(self.x, self.penalty, None if p.form == "linear" else p.active.T.contiguous())
+
+    @property
+    def done(self) -> bool:
+        """Whether the certificate holds."""
+        return self.best.gap <= 0.9 * self.limits.tol
+
+    def begin(self, weight: Tensor, lam: Tensor, gamma: Tensor | None = None) -> None:
+        """Start at a weight ``(M, N)`` and every neuron's ``λ (M,)``, both scaled; multipliers are made from them."""
+        self.u, self.lam = weight.to(self.x).contiguous(), lam.to(self.x)
+        self.z = self.u @ self.x.T
+        self.r = self._residual(self.z)
+
+    def begin_at(self, weight: Tensor, gamma: Tensor) -> None:
+        """Start at a nearby problem's weight ``(N, M)`` and multipliers ``(P, M)``, scaled; ``λ`` is ``‖Γ‖/‖R‖``."""
+        p = self.scaled.problem
+        lam = torch.full((p.n_outputs,), p.lam or 1.0, dtype=torch.float64)
+        if p.lam is None:
+            assert p.active is not None
+            residual = p.residual(p.inputs @ weight.to(p.inputs))
+            if p.form == "halfspace":
+                residual, gamma_on = torch.where(p.active, residual, 0.0), torch.where(p.active, gamma, 0.0)
+            else:
+                gamma_on = gamma
+            dims = 0 if p.per_neuron else None
+            distance = torch.linalg.vector_norm(residual.double(), dim=dims)
+            lam = lam * torch.linalg.vector_norm(gamma_on.double(), dim=dims) / distance.clamp(min=1e-30)
+        self.begin(weight.T, lam, gamma)
+
+    def make(self, steps: int) -> int:
+        """Make `steps` steps at the most, and return how many were made."""
+        if not 0 < float(self.lam.max()) < torch.inf:
+            return 0  # nothing presses against the fit yet
+        # a neuron without multipliers (a dead one) takes a λ like the others'
+        self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
+        g = self.r @ self.x
+        made = 0
+        while made < steps:
+            made += 1
+            model = self.models.directions(self.r, self.u, g, self.lam)
+            self.lam, d = _meet_radius(self.target, self.lam, self.r, model)
+            self._line_search(d, d @ self.x.T)
+            g = self.r @ self.x
+            self._offer(g)
+            if self.done or self.limits.out_of_time():
+                break
+        return made
+
+    def _offer(self, g: Tensor) -> None:
+        """Offer the weight and its residual's multipliers, ``Γ = −λR``, whose products are all at hand."""
+        p, r, lam = self.scaled.problem, self.r, self.lam
+        norms = torch.linalg.vector_norm(r, dim=1).double()
+        distance = float(norms.norm())
+        violation = radius_violation(p, norms, distance)
+        linear = -lam * (r * self.anchor).sum(1)
+        scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, (lam * norms.to(lam)) ** 2)
+        self.best.keep(self.u.T, violation, distance, lambda: r.T * (-lam * scale), bound)
+
+    def _residual(self, z: Tensor) -> Tensor:
+        difference = z - self.anchor
+        return difference if self.floor is None else torch.maximum(difference, self.floor, out=difference)
+
+    def _line_search(self, d: Tensor, xd: Tensor) -> None:
+        """Halve each neuron's step until ``Σ c|u| + (λ/2) dist²`` does not rise, five times at the most."""
+
+        def value(weight: Tensor, r: Tensor) -> Tensor:
+            return (self.penalty * weight.abs()).sum(1) + 0.5 * self.lam * (r * r).sum(1)
+
+        before = value(self.u, self.r)
+        allowed = before + 1e-5 * before.abs()
+        alpha = torch.ones_like(before)
+        for attempt in range(6):
+            u, z = self.u + alpha[:, None] * d, self.z + alpha[:, None] * xd
+            r = self._residual(z)
+            worse = value(u, r) > allowed
+            if attempt == 5 or not bool(worse.any()):
+                break
+            alpha = torch.where(worse, 0.5 * alpha, alpha)
+        self.u, self.z, self.r = u, z, r
+
+
+def _meet_radius(target: LayerProblem, lam: Tensor, r: Tensor, out: Any) -> tuple[Tensor, Tensor]:
+    """Return ``λ'`` and the step to its minimiser in the model, where ``dist² = A + B/λ'²`` meets the radius.
+
+    One ``λ`` moves by a factor of 1.6 at the most, because the model holds on one support.
+    """
+    d, v, linear, square, b = out
+    if target.radius is None:
+        return lam, d
+    here = (r * r).sum(1, dtype=torch.float64) + 2 * linear + square  # the model's dist² at λ
+    old = 1 / lam.double()
+    if isinstance(target.radius, Tensor):
+        wanted = target.radius**2
+    else:
+        # one λ for all
+        here, b, old = here.sum()[None], b.sum()[None], old[:1]
+        wanted = torch.full_like(here, target.radius**2)
+    square_new = (wanted - (here - b * old**2)) / b.clamp(min=1e-300)
+    new = torch.where((square_new > 0) & (b > 0), square_new.clamp(min=1e-300).sqrt(), old)
+    new = torch.minimum(torch.maximum(new, old / 1.6), old * 1.6)
+    d = d - (new - old).to(d)[:, None] * v
+    return (1 / new).to(lam).expand(lam.shape).contiguous(), d
+
+
+def radius_violation(problem: LayerProblem, norms: Tensor, distance: float) -> float:
+    """Return by how much residual norms ``(M,)`` exceed the radius, relative to it."""
+    if isinstance(problem.radius, Tensor):
+        size = torch.where(problem.radius > 0, problem.radius, problem.radius.mean())
+        return max(0.0, float(((norms - problem.radius) / size).max()))
+    return 0.0 if problem.radius is None else max(0.0, (distance - problem.radius) / problem.radius)
