@@ -103,7 +103,7 @@ def _full(samples: int, seed: int) -> Catalogue:
 
     def planted(n: int, p: int, usual: bool = True) -> str:
         name = f"planted-{n}-{p}"
-        found.setdefault(name, Instance(name, "planted", partial(_planted, n, p, 128, seed=seed), usual))
+        found.setdefault(name, Instance(name, "planted", partial(planted_layer, n, p, 128, seed=seed), usual))
         return name
 
     for layer in _WIDTHS:
@@ -132,7 +132,7 @@ def _quick(seed: int) -> Catalogue:
 
     def tiny(n: int = 16, p: int = 240, m: int = 6, widen: float = 1.0, form: str = "ball", usual: bool = False) -> str:
         name = f"tiny-{n}-{p}-{m}" + (f"-{widen:g}r" if widen != 1 else "") + ("" if form == "ball" else f"-{form}")
-        build = partial(_planted, n, p, m, seed=seed, form=form, widen=widen)
+        build = partial(planted_layer, n, p, m, seed=seed, form=form, widen=widen)
         found.setdefault(name, Instance(name, "planted", build, usual))
         return name
 
@@ -206,7 +206,7 @@ def _patches(images: Tensor, size: int, samples: int, generator: torch.Generator
     return torch.cat(rows)[:samples]
 
 
-def _planted(
+def planted_layer(
     n: int, p: int, m: int, seed: int = 0, form: str = "ball", widen: float = 1.0, density: float = 0.1
 ) -> Built:
     generator = torch.Generator().manual_seed(seed)

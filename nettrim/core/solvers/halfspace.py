@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nettrim.core.certificate import best_bound
 from nettrim.core.solution import FEASIBLE
-from nettrim.core.solvers.admm import Best
 from nettrim.core.solvers.base import Limits, constant_column
+from nettrim.core.solvers.best import Best
 from nettrim.core.solvers.scaling import Scaled
 from nettrim.core.solvers.steps import Steps, radius_violation
 

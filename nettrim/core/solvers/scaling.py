@@ -26,12 +26,14 @@ class Scaled:
     """
 
     def __init__(self, problem: LayerProblem, dtype: torch.dtype) -> None:
-        norms = torch.linalg.vector_norm(problem.inputs.double(), dim=0)
+        norms = torch.linalg.vector_norm(problem.inputs, dim=0, dtype=torch.float64)
         alive = norms[norms > 0]
         typical = alive.median() if alive.numel() else norms.new_ones(())
         relative = torch.where(norms > 0, norms / typical, 1.0)
         self.columns = typical * relative / relative.sqrt().clamp(0.03, 30.0)
-        anchor_size = float(torch.linalg.vector_norm(problem.anchor.double())) / problem.targets.numel() ** 0.5
+        anchor_size = (
+            float(torch.linalg.vector_norm(problem.anchor, dtype=torch.float64)) / problem.targets.numel() ** 0.5
+        )
         self.size = anchor_size if anchor_size > 0 else 1.0
         self.k = float(typical)
         assert problem.penalty is not None

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nettrim.core.certificate import best_bound
 from nettrim.core.problem import LayerProblem
-from nettrim.core.solvers.admm import Best
 from nettrim.core.solvers.base import Limits
+from nettrim.core.solvers.best import Best
 from nettrim.core.solvers.scaling import Scaled
 
 
