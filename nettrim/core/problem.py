@@ -18,7 +18,8 @@ squared fit enters the objective with the factor ``lam / 2``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -197,9 +198,16 @@ class LayerProblem:
             return difference
         return torch.where(self._mask, difference, difference.clamp(min=0))
 
+    def with_radius(self, radius: float | Tensor) -> LayerProblem:
+        """Return the same problem with another radius; what was checked once is not checked again."""
+        other = copy.copy(self)
+        other._set(radius=radius, lam=None)
+        other._set_radius()
+        return other
+
     def tightened(self, margin: float) -> LayerProblem:
         """Return the same problem with the radius shrunk by the fraction `margin`, so that what nearly fits, fits."""
-        return self if self.radius is None else replace(self, radius=self.radius * (1 - margin))
+        return self if self.radius is None else self.with_radius(self.radius * (1 - margin))
 
 
 def check_pair(inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:

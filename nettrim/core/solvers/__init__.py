@@ -17,6 +17,7 @@ from nettrim.core.certificate import certificate_of, feasible_multipliers, measu
 from nettrim.core.problem import LayerProblem, build_problem, check_amount
 from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
 from nettrim.core.solvers.admm import Admm
+from nettrim.core.solvers.auto import Auto
 from nettrim.core.solvers.base import Limits, Solver, Start, zero_answer, zero_fits
 from nettrim.core.solvers.conic import Clarabel, Osqp, Scs
 from nettrim.core.solvers.newton import Newton
@@ -27,7 +28,7 @@ _ZERO = "The zero weight is feasible, so it is the answer: the radius is at leas
 
 #: name -> factory of the solver with its default settings
 SOLVERS: dict[str, Callable[[], Solver]] = {
-    "auto": Admm,
+    "auto": Auto,
     "admm": Admm,
     "newton": Newton,
     "scs": Scs,
@@ -115,8 +116,23 @@ def solve_problem(
         The solver does not take such a problem; the text says what does.
     """
     check_limits(tol, max_seconds, on_failure)
-    tol = float(tol)
-    chosen = make_solver(solver)
+    return _solve(problem, make_solver(solver), float(tol), max_seconds, on_failure, start, round_to)[0]
+
+
+def _solve(
+    problem: LayerProblem,
+    chosen: Solver,
+    tol: float,
+    max_seconds: float | None,
+    on_failure: str,
+    start: Start | None,
+    round_to: torch.dtype | None,
+) -> tuple[LayerSolution, object]:
+    """Do what `solve_problem` says, and return what the solver can go on from as well."""
+    label = repr(chosen)
+    if isinstance(chosen, Auto):
+        chosen, reason = chosen.choose(problem)
+        label = f"auto: {chosen!r}, {reason}"
     refusal = chosen.refuses(problem)
     if refusal is not None:
         raise UnsupportedError(refusal)
@@ -136,7 +152,7 @@ def solve_problem(
     if status is Status.NOT_FEASIBLE and _beyond_reach(problem):
         status = Status.INFEASIBLE
     stats = SolveStats(
-        solver=f"auto: {chosen!r}, which takes every form at every size" if solver == "auto" else repr(chosen),
+        solver=label,
         seconds=time.monotonic() - began,
         iterations=answer.iterations,
         dtype=str(answer.dtype).removeprefix("torch."),
@@ -152,8 +168,8 @@ def solve_problem(
         )
         if on_failure == "raise":
             raise SolverError(message, solution)
-        warnings.warn(message, stacklevel=2)
-    return solution
+        warnings.warn(message, stacklevel=3)
+    return solution, answer.carry
 
 
 def _beyond_reach(problem: LayerProblem) -> bool:
@@ -258,7 +274,8 @@ def solve_path(
     Parameters are those of `solve_layer`; `max_seconds` is for each radius. `epsilons` is any iterable of numbers, and
     the solutions come back in its order.
     """
-    radii = _relative_radii(epsilons)
+    radii, chosen = _relative_radii(epsilons), make_solver(solver)
+    check_limits(tol, max_seconds, on_failure)
     order = sorted(range(len(radii)), key=lambda i: -radii[i])
     found: dict[int, LayerSolution] = {}
     base = build_problem(
@@ -267,13 +284,11 @@ def solve_path(
     assert base.radius is not None
     start: Start | None = None
     for i in order:
-        problem = replace(base, radius=base.radius * radii[i])
+        problem = base.with_radius(base.radius * radii[i])
         with _failing_as_given(inputs):
-            solution = solve_problem(
-                problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure, start=start
-            )
+            solution, carry = _solve(problem, chosen, float(tol), max_seconds, on_failure, start, None)
         if bool(solution.multipliers.any()):
-            start = Start(solution.weight, solution.multipliers)
+            start = Start(solution.weight, solution.multipliers, carry)
         found[i] = _as_given(solution, inputs)
     return [found[i] for i in range(len(radii))]
 
@@ -311,6 +326,7 @@ def _as_given(solution: LayerSolution, inputs: Any) -> LayerSolution:
 __all__ = [
     "SOLVERS",
     "Admm",
+    "Auto",
     "Clarabel",
     "Newton",
     "Osqp",

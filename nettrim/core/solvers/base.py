@@ -32,17 +32,22 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A point to start from: the weight and multipliers of a nearby problem, both in the problem's own units."""
+    """A point to start from: the weight and multipliers of a nearby problem, both in the problem's own units.
+
+    `carry` is what the solver left in its `RawAnswer`, where the nearby problem differs in the radius alone.
+    """
 
     weight: Tensor
     multipliers: Tensor
+    carry: object = None
 
 
 @dataclass(frozen=True, eq=False)
 class RawAnswer:
     """Unjudged numbers.
 
-    `otherwise` is the status that holds where the certificate does not say SOLVED.
+    `otherwise` is the status that holds where the certificate does not say SOLVED. `carry` is what the same solver can
+    go on from at another radius.
     """
 
     weight: Tensor
@@ -52,6 +57,7 @@ class RawAnswer:
     dtype: torch.dtype
     damping: float = 0.0
     note: str = ""
+    carry: object = None
 
 
 class Solver(Protocol):

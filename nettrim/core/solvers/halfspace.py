@@ -29,6 +29,8 @@ class CeilingSteps(Steps):
     """Newton steps of all neurons together on a scaled halfspace problem; `best` is offered weights on the way."""
 
     def __init__(self, scaled: Scaled, limits: Limits, best: Best | None = None) -> None:
+        # what float32 leaves uncertain
+        self.rounding = 1e-5 if scaled.problem.inputs.dtype == torch.float32 else 0.0
         super().__init__(scaled, limits, best)
         p = scaled.problem
         assert p.active is not None
@@ -36,9 +38,11 @@ class CeilingSteps(Steps):
         self.ceiling = self.anchor
         self.column = constant_column(p)
         self.size = float(p.targets.abs().max()) or float(p.anchor.abs().max()) or 1.0
-        # what float32 leaves uncertain
-        self.rounding = 1e-5 if self.x.dtype == torch.float32 else 0.0
-        self.target = p.tightened(0.5 * limits.tol + self.rounding)
+
+    @property
+    def margin(self) -> float:
+        """The fraction by which a smaller radius is aimed at: lowering a constant column takes some of it."""
+        return 0.5 * self.limits.tol + self.rounding
 
     def begin(self, weight: Tensor, lam: Tensor, gamma: Tensor | None = None) -> None:
         """Start at a weight ``(M, N)``, every neuron's ``λ (M,)`` and, where there are any, multipliers ``(P, M)``."""

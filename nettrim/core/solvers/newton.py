@@ -68,16 +68,22 @@ class Newton:
             return self.start.run(problem, limits, start)
         kind = CeilingSteps if problem.form == "halfspace" else Steps
         made, found = 0, None
+        dtype = _working_dtype(problem, limits.tol)
         if start is not None or problem.samples >= 4 * problem.n_inputs:
-            found = kind(Scaled(problem, _working_dtype(problem, limits.tol)), limits)
-            if start is not None:
-                found.begin_at(*found.scaled.into(start))
+            carry = None if start is None else start.carry
+            if isinstance(carry, kind) and carry.x.dtype == dtype:
+                found = carry
+                found.resume(problem, limits)
             else:
-                found.begin(*self._rough(problem, found.scaled, limits))
+                found = kind(Scaled(problem, dtype), limits)
+                if start is not None:
+                    found.begin_at(*found.scaled.into(start))
+                else:
+                    found.begin(*self._rough(problem, found.scaled, limits))
             made = found.make(self.steps)
             if found.done:
                 weight, gamma = found.scaled.back(found.best.weight, found.best.multipliers)
-                return RawAnswer(weight, gamma, 0, Status.MAX_ITER, found.x.dtype, note=self.note(made))
+                return RawAnswer(weight, gamma, 0, Status.MAX_ITER, dtype, note=self.note(made), carry=found)
         iteration = Iteration(problem, self.start, limits, start)
         if found is not None:
             inputs = iteration.scaled.problem.inputs

@@ -49,13 +49,13 @@ class Repair:
         self.nonnegative = p.form == "halfspace" and bool((p.inputs >= 0).all())
         self.wanted: Tensor | None = None
         if p.radius is not None:
-            self.wanted = torch.as_tensor(p.radius, dtype=torch.float64).to(p.inputs) * (1 - margin)
+            self.wanted = torch.as_tensor(p.radius, dtype=torch.float64).to(p.inputs.device) * (1 - margin)
 
     def __call__(self, weight: Tensor) -> Repaired:
         """Return the weight ``(N, M)`` repaired, or as it was where no repair is found."""
         z = self.problem.inputs @ weight
         lowering = self._lowering(weight)
-        one = z.new_ones(()) if self.wanted is None else torch.ones_like(self.wanted)
+        one = z.new_ones(()) if self.wanted is None else torch.ones_like(self.wanted).to(z)
         lowered, by = self._lowered(z, one, lowering)
         before, distance = self._violation(lowered)
         found = Repaired(self._weight(weight, one, by), before, distance, before)
@@ -104,22 +104,27 @@ class Repair:
     def _onto_radius(self, z: Tensor, lowering: Tensor | None, one: Tensor) -> Tensor:
         """Return the scale, one for all or one for each neuron, that meets the radius: Newton's method from 1."""
         assert self.wanted is not None
-        dims = 0 if self.problem.per_neuron else None
-        scale = one
+        scale = one.double()
+
+        def total(each: Tensor) -> Tensor:
+            # added up in float64: one float32 sum over the layer is off by more than the margin
+            sums = each.sum(0).double()
+            return sums if self.problem.per_neuron else sums.sum()
+
         for _ in range(8):
-            lowered, by = self._lowered(z, scale, lowering)
+            lowered, by = self._lowered(z, scale.to(z), lowering)
             r = self._counted(lowered.sub_(self.anchor))
             # by is in proportion to the scale where the ceiling is zero; elsewhere the slope is a little off
-            slope = z if lowering is None or by is None else z - lowering * (by / scale)
-            over = torch.linalg.vector_norm(r, dim=dims) ** 2 - self.wanted**2
-            rise = 2 * r.mul_(slope).sum(dims)
+            slope = z if lowering is None or by is None else z - lowering * (by / scale.to(z))
+            over = total(r * r) - self.wanted**2
+            rise = 2 * total(r.mul_(slope))
             # the distance falls with the scale, or this is not the way
             new = torch.where(rise < 0, scale - over / rise, scale).nan_to_num(1.0).clamp(0.5, 2.0)
             settled = bool(((new - scale).abs() <= 1e-7).all())
             scale = new
             if settled:
                 break
-        return scale
+        return scale.to(z)
 
     def _counted(self, difference: Tensor) -> Tensor:
         """What of ``Z − T`` counts against the radius, in the memory of the difference."""

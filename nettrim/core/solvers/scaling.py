@@ -49,6 +49,11 @@ class Scaled:
             active=problem.active,
         )
 
+    def change_radius(self, problem: LayerProblem) -> None:
+        """Take the radius of a problem that is the same otherwise."""
+        if problem.radius is not None:
+            self.problem = self.problem.with_radius(problem.radius / self.size)
+
     def back(self, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(N, M)`` weights and ``(P, M)`` multipliers in the original units, the weight as ``(M, N)``."""
         u = weight.double() * (self.size / self.columns)[:, None]

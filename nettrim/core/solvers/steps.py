@@ -14,6 +14,7 @@ samples ``A = Ω ∪ {Z > T}``, so once signs and active samples are right, one 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,13 +35,19 @@ class Steps:
 
         p = scaled.problem
         self.scaled, self.limits, self.best = scaled, limits, best or Best(p)
-        self.target = p.tightened(0.1 * limits.tol)
+        self.target = p.tightened(self.margin)
+        self.power, self.solved = 2.0, (0.0, 0.0)
         assert p.active is not None and p.penalty is not None
         self.x, self.anchor = p.inputs, p.anchor.T.contiguous()
         self.penalty = p.penalty.to(p.inputs.dtype).contiguous()
         # R = max(Z − T, floor): −∞ on the active set, 0 off it
         self.floor = None if p.form == "linear" else torch.where(p.active.T, -torch.inf, 0.0).to(self.x).contiguous()
         self.models = Models(self.x, self.penalty, None if p.form == "linear" else p.active.T.contiguous())
+
+    @property
+    def margin(self) -> float:
+        """The fraction by which a smaller radius is aimed at."""
+        return 0.1 * self.limits.tol
 
     @property
     def done(self) -> bool:
@@ -69,6 +76,24 @@ class Steps:
             lam = lam * torch.linalg.vector_norm(gamma_on.double(), dim=dims) / distance.clamp(min=1e-30)
         self.begin(weight.T, lam, gamma)
 
+    def resume(self, problem: LayerProblem, limits: Limits) -> None:
+        """Go on to the same problem at another radius, with a guess of its ``λ ∝ r^−power`` [measured: about 2]."""
+        before, self.limits = self.scaled.problem, limits
+        self.scaled.change_radius(problem)
+        p = self.scaled.problem
+        self.best, self.target = Best(p), p.tightened(self.margin)
+        if p.radius is not None and before.radius is not None:
+            ratio = torch.as_tensor(before.radius / p.radius)
+            here = float(torch.as_tensor(before.radius).double().norm()), float(self.lam.double().mean())
+            if 0 < self.solved[0] != here[0] > 0:
+                power = math.log(here[1] / self.solved[1]) / math.log(self.solved[0] / here[0])
+                self.power = min(3.0, max(1.0, power))
+            self.solved = here
+            lam = self.lam * torch.where(ratio > 0, ratio, 1.0).to(self.lam) ** self.power
+            # along the path as far as the support stays; what would change its sign stops at zero
+            u = self.u - (1 / lam - 1 / self.lam)[:, None] * self.v
+            self.begin(torch.where(u * self.u < 0, 0.0, u), lam)
+
     def make(self, steps: int) -> int:
         """Make `steps` steps at the most, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
@@ -80,6 +105,7 @@ class Steps:
         while made < steps:
             made += 1
             model = self.models.directions(self.r, self.u, g, self.lam)
+            self.v = model[1]
             self.lam, d = _meet_radius(self.target, self.lam, self.r, model)
             self._line_search(d, d @ self.x.T)
             g = self.r @ self.x
