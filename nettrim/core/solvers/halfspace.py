@@ -54,15 +54,22 @@ class CeilingSteps(Steps):
         self.anchor = self.ceiling - self.pull
         super().begin(weight, lam)
 
+    def _multipliers(self) -> Tensor:
+        """``−Λ``."""
+        return (-self.lam[:, None] * self.pull).T
+
     def make(self, steps: int) -> int:
-        """Make up to five times `steps` steps, and return how many were made."""
+        """Make up to twelve times `steps` steps, as long as they get anywhere, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
             return 0
         self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
         g = self._pulls() @ self.x
-        for made in range(1, 5 * steps + 1):
+        gate = min(0.1, 30 * self.limits.tol)
+        least, since = (float("inf"), float("inf")), 0
+        for made in range(1, 12 * steps + 1):
             gentle = made < _TURN
             d, v = self.models.directions(self.r, self.u, g, self.lam, torch.full_like(self.lam, self.w))[:2]
+            self.v = v
             moved = torch.cat([d, v]) @ self.x.T
             self._step(d, v, moved[: len(d)], moved[len(d) :])
             pulls = self._pulls()
@@ -73,7 +80,12 @@ class CeilingSteps(Steps):
                 if self.done or self.limits.out_of_time():
                     break
                 if not gentle:
-                    settled = self._unsettled(g) < 0.1
+                    settled = self._unsettled(g) < gate
+                    now = self.best.last_violation, self.best.last_gap
+                    if now[0] < 0.9 * least[0] or now[1] < 0.9 * least[1]:
+                        least, since = (min(now[0], least[0]), min(now[1], least[1])), made
+                    elif made - since > 15:
+                        break
             off = torch.where(self.on, 0.0, pulls)
             self.pull = torch.where(settled[:, None], off, self.w * (self.ceiling - self.anchor))
             self.w = _GENTLE if gentle else _STEEP
