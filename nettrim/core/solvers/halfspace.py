@@ -22,7 +22,8 @@ from nettrim.core.solvers.best import Best
 from nettrim.core.solvers.scaling import Scaled
 from nettrim.core.solvers.steps import Steps, radius_violation
 
-_GENTLE, _STEEP, _TURN = 40.0, 1000.0, 13  # w before and after step _TURN
+# w at first, and from step _EARLIEST on, when nine of ten neurons have settled
+_GENTLE, _STEEP, _EARLIEST = 40.0, 1000.0, 12
 
 
 class CeilingSteps(Steps):
@@ -54,10 +55,6 @@ class CeilingSteps(Steps):
         self.anchor = self.ceiling - self.pull
         super().begin(weight, lam)
 
-    def _multipliers(self) -> Tensor:
-        """``−Λ``."""
-        return (-self.lam[:, None] * self.pull).T
-
     def make(self, steps: int) -> int:
         """Make up to twelve times `steps` steps, as long as they get anywhere, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
@@ -65,29 +62,36 @@ class CeilingSteps(Steps):
         self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
         g = self._pulls() @ self.x
         gate = min(0.1, 30 * self.limits.tol)
-        least, since = (float("inf"), float("inf")), 0
+        gentle, least, since = True, (float("inf"), float("inf")), 0
+        turned: tuple[Tensor, ...] | None = None
         for made in range(1, 12 * steps + 1):
-            gentle = made < _TURN
             d, v = self.models.directions(self.r, self.u, g, self.lam, torch.full_like(self.lam, self.w))[:2]
-            self.v = v
             moved = torch.cat([d, v]) @ self.x.T
             self._step(d, v, moved[: len(d)], moved[len(d) :])
             pulls = self._pulls()
             settled = torch.ones_like(self.lam, dtype=torch.bool)
-            if not gentle or made % 4 == 0 or made >= _TURN - 2:
+            if not gentle or made % 4 == 0 or made >= _EARLIEST:
                 g = pulls @ self.x
                 self._offer_with(g, pulls)
                 if self.done or self.limits.out_of_time():
                     break
+                now = self.best.last_violation, self.best.last_gap
+                if now[0] < 0.9 * least[0] or now[1] < 0.9 * least[1]:
+                    least, since = (min(now[0], least[0]), min(now[1], least[1])), made
+                elif made - since > 15:
+                    break
+                unsettled = self._unsettled(g)
                 if not gentle:
-                    settled = self._unsettled(g) < gate
-                    now = self.best.last_violation, self.best.last_gap
-                    if now[0] < 0.9 * least[0] or now[1] < 0.9 * least[1]:
-                        least, since = (min(now[0], least[0]), min(now[1], least[1])), made
-                    elif made - since > 15:
-                        break
+                    settled = unsettled < gate
+                    if turned and now[0] > 0.01 + 10 * least[0]:
+                        # too steep for this problem: back, and gently on
+                        self.u, self.z, self.lam, pulls = turned
+                        gentle = True
+                elif made >= _EARLIEST and not turned:
+                    gentle = float((unsettled < 0.1).double().mean()) < 0.97
+                    turned = None if gentle else (self.u, self.z, self.lam, pulls)
             off = torch.where(self.on, 0.0, pulls)
-            self.pull = torch.where(settled[:, None], off, self.w * (self.ceiling - self.anchor))
+            self.pull = torch.where((settled | gentle)[:, None], off, self.w * (self.ceiling - self.anchor))
             self.w = _GENTLE if gentle else _STEEP
             self.anchor = self._aim() - self.pull / self.w
             self.r = self._residual(self.z)

@@ -335,7 +335,8 @@ def _on_support(h: Any, kept: Any, first: Any, second: Any) -> Any:
         sides[i, 0], sides[i, 1] = first[kept[i]], second[kept[i]]
     out = np.zeros(h.shape[0], h.dtype), np.zeros(h.shape[0], h.dtype)
     if size:
-        damping = (2e-6 if h.itemsize == 4 else 1e-12) * trace / size + 1e-30
+        # enough for float32; in float64, where H is singular, less would give steps without end
+        damping = 2e-6 * trace / size + 1e-30
         for i in range(size):
             block[i, i] += damping
         solved = np.linalg.solve(block, sides)

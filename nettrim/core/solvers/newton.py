@@ -69,15 +69,17 @@ class Newton:
         kind = CeilingSteps if problem.form == "halfspace" else Steps
         made, found = 0, None
         dtype = _working_dtype(problem, limits.tol)
-        if start is not None or problem.samples >= 4 * problem.n_inputs:
-            carry = None if start is None else start.carry
-            if isinstance(carry, kind) and carry.x.dtype == dtype:
+        # from another radius' multipliers a hard ceiling was met later than from a rough start
+        near = start if problem.form != "halfspace" else None
+        if near is not None or problem.samples >= 4 * problem.n_inputs:
+            carry = None if near is None else near.carry
+            if isinstance(carry, Steps) and carry.x.dtype == dtype:
                 found = carry
                 found.resume(problem, limits)
             else:
                 found = kind(Scaled(problem, dtype), limits)
-                if start is not None:
-                    found.begin_at(*found.scaled.into(start))
+                if near is not None:
+                    found.begin_at(*found.scaled.into(near))
                 else:
                     found.begin(*self._rough(problem, found.scaled, limits))
             made = found.make(self.steps)

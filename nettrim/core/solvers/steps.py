@@ -92,11 +92,7 @@ class Steps:
             lam = self.lam * torch.where(ratio > 0, ratio, 1.0).to(self.lam) ** self.power
             # along the path as far as the support stays; what would change its sign stops at zero
             u = self.u - (1 / lam - 1 / self.lam)[:, None] * self.v
-            self.begin(torch.where(u * self.u < 0, 0.0, u), lam, self._multipliers())
-
-    def _multipliers(self) -> Tensor | None:
-        """Multipliers ``(P, M)`` that do not follow from the residual."""
-        return None
+            self.begin(torch.where(u * self.u < 0, 0.0, u), lam)
 
     def make(self, steps: int) -> int:
         """Make `steps` steps at the most, and return how many were made."""
