@@ -107,7 +107,10 @@ class Newton:
         return f"{made} Newton steps." if made else ""
 
     def _rough(self, problem: LayerProblem, scaled: Scaled, limits: Limits) -> tuple[Tensor, Tensor]:
-        """Solve roughly on a quarter of the rows, and return the weight and ``λ`` in the units of `scaled`."""
+        """Solve roughly on a quarter of the rows, and return the weight and ``λ`` in the units of `scaled`.
+
+        Where a quarter is still many, it is begun on a quarter of it.
+        """
         rows = torch.randperm(problem.samples, generator=torch.Generator().manual_seed(0))[: problem.samples // 4]
         share = len(rows) / problem.samples
         assert problem.active is not None
@@ -124,10 +127,14 @@ class Newton:
         )
         # no sharper: the quarter's optimum is not the whole's
         rough = Limits(0.3, limits.deadline)
-        iteration = Iteration(quarter, self.start, rough, None)
-        iteration.until(self.first)
-        steps = Steps(iteration.scaled, rough)
-        steps.begin(iteration.variables.sparse.T, iteration.variables.lam())
+        if quarter.samples >= 8 * problem.n_inputs:
+            steps = Steps(Scaled(quarter, _working_dtype(quarter, 1e-3)), rough)
+            steps.begin(*self._rough(quarter, steps.scaled, rough))
+        else:
+            iteration = Iteration(quarter, self.start, rough, None)
+            iteration.until(self.first)
+            steps = Steps(iteration.scaled, rough)
+            steps.begin(iteration.variables.sparse.T, iteration.variables.lam())
         steps.make(self.steps)
         weight, _ = steps.scaled.back(steps.u.T, steps.u[:0])
         lam = steps.lam * share / (steps.scaled.k * steps.scaled.size)
