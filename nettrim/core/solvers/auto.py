@@ -11,7 +11,7 @@ from nettrim.core.solvers.base import Limits, RawAnswer, Solver, Start
 from nettrim.core.solvers.newton import Newton
 from nettrim.core.solvers.scaling import relative_radius
 
-SMALL = 2e6  # P N M below which ADMM needs no more than some tenths of a second
+SMALL = 2e7  # P N M below which ADMM needs no more than some tenths of a second
 WIDE = 1500  # weights that are kept for a neuron, above which its Hessian costs more than ADMM's iterations
 
 
