@@ -141,7 +141,8 @@ class CeilingSteps(Steps):
         u = self.u[some] + alpha[:, None] * d
         r = self.z[some] + alpha[:, None] * xd - self.anchor[some]
         r = torch.where(self.on[some], r, self.w * r.clamp(min=0))
-        norm = (self.penalty[some] * torch.where(u != 0, u.sign() * d, d.abs())).sum(1)
+        # from below: what ends at zero was on its way there
+        norm = (self.penalty[some] * torch.where(u != 0, u.sign() * d, -d.abs())).sum(1)
         return norm + self.lam[some] * (r * xd).sum(1)
 
     def _radius_root(self, xd: Tensor, xv: Tensor) -> Tensor:
