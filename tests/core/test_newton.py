@@ -68,7 +68,8 @@ def test_hessians_beyond_the_budget_are_built_at_every_step(monkeypatch):
     p = problem()
     monkeypatch.setattr(kernels, "_BUDGET", 3 * 8 * 20**2)
     solution = nettrim.solve_problem(p, Newton(), tol=1e-5)
-    assert solution.stats.iterations == 0 and solution.certificate.gap <= 1e-5
+    assert solution.stats.iterations == 0
+    assert solution.certificate.gap <= 1e-5
 
 
 def test_a_hard_ceiling_is_met_by_steps_alone():
@@ -84,7 +85,8 @@ def test_a_hard_ceiling_is_met_by_steps_alone():
 def test_a_hard_ceiling_without_a_constant_column_is_met_too():
     x, y = layer(900, 40, 8)
     solution = nettrim.solve_layer(x[:, :-1], (y - 1).clamp(min=0), epsilon=0.3, form="halfspace", solver="newton")
-    assert solution.certificate.violation <= 1e-6 and solution.certificate.gap <= 1e-3
+    assert solution.certificate.violation <= 1e-6
+    assert solution.certificate.gap <= 1e-3
 
 
 def test_ceiling_steps_stop_where_they_get_nowhere():
@@ -101,7 +103,8 @@ def test_steps_go_on_at_another_radius_without_a_new_start():
     assert isinstance(steps, Steps)
     smaller = p.with_radius(0.8 * p.radius)
     steps.resume(smaller, Limits(1e-6))
-    assert steps.make(8) <= 5 and steps.done
+    assert steps.make(8) <= 5
+    assert steps.done
     fresh = nettrim.solve_problem(smaller, Newton(), tol=1e-6)
     factor = steps.scaled.size / steps.scaled.k
     assert steps.best.objective * factor == pytest.approx(fresh.certificate.objective, rel=3e-6)
@@ -122,8 +125,10 @@ def test_a_path_takes_fewer_steps_than_its_radii_alone():
 def test_a_problem_with_another_radius_is_the_same_otherwise():
     p = problem()
     other = p.with_radius(2 * p.radius)
-    assert other.radius == 2 * p.radius and p.radius != other.radius
-    assert other.inputs is p.inputs and other.active is p.active
+    assert other.radius == 2 * p.radius
+    assert p.radius != other.radius
+    assert other.inputs is p.inputs
+    assert other.active is p.active
     with pytest.raises(nettrim.errors.ProblemError):
         p.with_radius(-1.0)
 
@@ -133,7 +138,8 @@ def test_a_float32_run_of_admm_ends_on_the_radius():
     x, y = layer(20_000, 60, 60)
     p = build_problem(x, y, epsilon=0.3)
     solution = nettrim.solve_problem(p, nettrim.Admm(max_iter=400), tol=1e-3, on_failure="return")
-    assert solution.stats.dtype == "float32" and solution.status.name == "SOLVED"
+    assert solution.stats.dtype == "float32"
+    assert solution.status.name == "SOLVED"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,8 @@ def test_auto_says_what_it_chose_and_why(shape, epsilon, expected, why):
         epsilon=epsilon,
     )
     chosen, reason = Auto().choose(p)
-    assert type(chosen).__name__ == expected and why in reason
+    assert type(chosen).__name__ == expected
+    assert why in reason
     assert type(make_solver("auto")) is Auto
 
 
@@ -160,9 +167,11 @@ def test_auto_is_admm_without_numba(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(auto.importlib.util, "find_spec", lambda name: None if name == "numba" else found(name))
     chosen, reason = Auto().choose(problem(samples=60_000))
-    assert type(chosen).__name__ == "Admm" and "nettrim[newton]" in reason
+    assert type(chosen).__name__ == "Admm"
+    assert "nettrim[newton]" in reason
 
 
 def test_what_auto_chose_stands_in_the_solution():
     solution = nettrim.solve_problem(problem())
-    assert solution.stats.solver.startswith("auto: Admm(") and "because the problem is small" in solution.stats.solver
+    assert solution.stats.solver.startswith("auto: Admm(")
+    assert "because the problem is small" in solution.stats.solver
