@@ -22,7 +22,7 @@ from nettrim.core.solvers.best import Best
 from nettrim.core.solvers.scaling import Scaled
 from nettrim.core.solvers.steps import Steps, radius_violation
 
-# w at first, and from step _EARLIEST on, when nine of ten neurons have settled
+# w at first, and from step _EARLIEST on, once nearly all neurons have settled
 _GENTLE, _STEEP, _EARLIEST = 40.0, 1000.0, 12
 
 
@@ -91,7 +91,7 @@ class CeilingSteps(Steps):
                     gentle = float((unsettled < 0.1).double().mean()) < 0.97
                     turned = None if gentle else (self.u, self.z, self.lam, pulls)
             off = torch.where(self.on, 0.0, pulls)
-            self.pull = torch.where((settled | gentle)[:, None], off, self.w * (self.ceiling - self.anchor))
+            self.pull = torch.where((settled | gentle)[:, None], off, self.pull)
             self.w = _GENTLE if gentle else _STEEP
             self.anchor = self._aim() - self.pull / self.w
             self.r = self._residual(self.z)
