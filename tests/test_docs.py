@@ -8,9 +8,10 @@ import pytest
 from nettrim.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "README.md", ROOT / "docs" / "certificates.md", ROOT / "docs" / "solvers.md"
 BLOCKS = [
     (path.name, i, code)
-    for path in (ROOT / "README.md", ROOT / "docs" / "certificates.md")
+    for path in PAGES
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
 ]
 
@@ -33,6 +34,6 @@ def test_the_shell_examples_parse():
 
 
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", ROOT / "docs" / "certificates.md"):
+    for path in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"

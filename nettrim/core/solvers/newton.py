@@ -35,7 +35,7 @@ class Newton:
     first : int
         Iterations of ADMM before the first try; three times as many in all before each later one.
     steps : int
-        Newton steps of one try, at the most; twelve times as many for ``halfspace``.
+        Newton steps of one try; up to twice as many as long as they get anywhere, twelve times for ``halfspace``.
     start : Admm
         Settings of ADMM, its `max_iter` included.
 

@@ -95,14 +95,14 @@ class Steps:
             self.begin(torch.where(u * self.u < 0, 0.0, u), lam)
 
     def make(self, steps: int) -> int:
-        """Make `steps` steps at the most, and return how many were made."""
+        """Make `steps` steps, twice as many as long as they get anywhere, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
             return 0  # nothing presses against the fit yet
         # a neuron without multipliers (a dead one) takes a λ like the others'
         self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
         g = self.r @ self.x
-        made = 0
-        while made < steps:
+        made, lacking = 0, [float("inf")] * 3
+        while made < steps or (made < 2 * steps and lacking[-1] < 0.5 * lacking[-3]):
             made += 1
             model = self.models.directions(self.r, self.u, g, self.lam)
             self.v = model[1]
@@ -110,6 +110,7 @@ class Steps:
             self._line_search(d, d @ self.x.T)
             g = self.r @ self.x
             self._offer(g)
+            lacking.append(max(abs(self.best.last_gap), self.best.last_violation))
             if self.done or self.limits.out_of_time():
                 break
         return made
