@@ -93,7 +93,7 @@ def test_ceiling_steps_stop_where_they_get_nowhere():
     p = problem("halfspace", 0.3)
     steps = CeilingSteps(Scaled(p, torch.float64), Limits(1e-15))
     steps.begin(torch.zeros(p.n_outputs, p.n_inputs), torch.full((p.n_outputs,), 0.1))
-    assert 12 < steps.make(100) < 1000
+    assert 12 < steps.make(100) < 600
     assert steps.best.gap < 1e-3
 
 
@@ -146,7 +146,8 @@ def test_a_float32_run_of_admm_ends_on_the_radius():
     ("shape", "epsilon", "expected", "why"),
     [
         ((900, 40, 8), 0.1, "Admm", "small"),
-        ((20_000, 100, 20), 0.1, "Newton", "weights are expected to stay"),
+        ((20_000, 100, 20), 0.1, "Admm", "only 100 inputs"),
+        ((20_000, 200, 20), 0.1, "Newton", "weights are expected to stay"),
         ((200, 12_000, 10), 0.01, "Admm", "weights are expected to stay"),
     ],
 )

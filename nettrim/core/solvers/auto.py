@@ -12,6 +12,7 @@ from nettrim.core.solvers.newton import Newton
 from nettrim.core.solvers.scaling import relative_radius
 
 SMALL = 2e7  # P N M below which ADMM needs no more than some tenths of a second
+NARROW = 128  # inputs below which ADMM's iterations are cheaper than a neuron's program [conv3, conv5: 5 to 50 times]
 WIDE = 1500  # weights that are kept for a neuron, above which its Hessian costs more than ADMM's iterations
 
 
@@ -32,6 +33,8 @@ class Auto:
         size = problem.samples * problem.n_inputs * problem.n_outputs
         if size < SMALL:
             return Admm(), f"because the problem is small (P·N·M = {size:.1e})"
+        if problem.n_inputs < NARROW:
+            return Admm(), f"because the layer has only {problem.n_inputs} inputs"
         kept = expected_density(problem) * problem.n_inputs
         if kept > WIDE:
             return Admm(), f"because some {kept:.0f} weights are expected to stay for a neuron"

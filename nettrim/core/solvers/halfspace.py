@@ -56,7 +56,7 @@ class CeilingSteps(Steps):
         super().begin(weight, lam)
 
     def make(self, steps: int) -> int:
-        """Make up to twelve times `steps` steps, as long as they get anywhere, and return how many were made."""
+        """Make up to six times `steps` steps, as long as they get anywhere, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
             return 0
         self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
@@ -64,7 +64,7 @@ class CeilingSteps(Steps):
         gate = min(0.1, 30 * self.limits.tol)
         gentle, least, since = True, (float("inf"), float("inf")), 0
         turned: tuple[Tensor, ...] | None = None
-        for made in range(1, 12 * steps + 1):
+        for made in range(1, 6 * steps + 1):
             d, v = self.models.directions(self.r, self.u, g, self.lam, torch.full_like(self.lam, self.w))[:2]
             moved = torch.cat([d, v]) @ self.x.T
             self._step(d, v, moved[: len(d)], moved[len(d) :])

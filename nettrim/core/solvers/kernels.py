@@ -73,6 +73,9 @@ class Models:
         d, v = np.zeros((m, n), u.numpy().dtype), np.zeros((m, n), u.numpy().dtype)
         sums = np.zeros((m, 3))
         weights = np.ones(m) if off_weight is None else off_weight.numpy()
+        # relative to the mean diagonal: what float32 needs; no more than rounding in float64, where columns that are
+        # nearly alike carry the answer; more for hard ceilings, under which H may be singular and steps without end
+        ridge = 2e-6 if u.dtype == torch.float32 else (1e-12 if off_weight is None else 1e-8)
         r_, u_, g_, mu = r.numpy(), u.numpy(), g.numpy(), (1 / lam).numpy()
 
         def work(i: int) -> None:
@@ -83,7 +86,7 @@ class Models:
                 positive, extra = on, np.nonzero(positive & ~on)[0]
             old = self.kept.get(i, self.nothing)
             new = _one(
-                *(self.columns_of_x, positive, extra, weights[i], old),
+                *(self.columns_of_x, positive, extra, weights[i], ridge, old),
                 *(u_[i], g_[i], self.penalty[i], mu[i], d[i], v[i], sums[i]),
             )
             grown = new[1].nbytes - old[1].nbytes
@@ -104,6 +107,7 @@ def _one(
     active: Any,
     extra: Any,
     weight: Any,
+    ridge: Any,
     kept: Any,
     u: Any,
     g: Any,
@@ -129,7 +133,7 @@ def _one(
         full *= weight
         full += h
     here, step, q = u[columns], np.zeros(columns.shape[0], xt.dtype), g[columns]
-    move = _minimise(full, q, here, step, mu[columns])
+    move = _minimise(full, q, here, step, mu[columns], ridge)
     for j in range(columns.shape[0]):
         n = columns[j]
         d[n] = step[j]
@@ -236,20 +240,21 @@ def _product(block: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def _minimise(h: Any, q: Any, here: Any, step: Any, mu: Any) -> Any:
+def _minimise(h: Any, q: Any, here: Any, step: Any, mu: Any, ridge: Any) -> Any:
     """Minimise ``gᵀs + ½ sᵀHs + Σ μ|u + s|`` and return ``H_SS⁻¹ (μ ∘ sign)`` on the support of ``u + s``.
 
     `q` comes as ``g`` and is ``g + Hs`` throughout. Coordinate descent finds most signs cheaply, and the direct solve
     then what it is hopelessly slow at, columns that are nearly alike.
     """
     _coordinate_descent(h, q, here, step, mu, 20)
-    for _ in range(6):
-        crossed, move = _solve_support(h, q, here, step, mu)
+    # small programs get more rounds: nearly alike columns need them, and they cost nothing
+    for _ in range(max(6, min(60, int(1e8 / (q.shape[0] + 1.0) ** 3)))):
+        crossed, move = _solve_support(h, q, here, step, mu, ridge)
         if crossed == 0 and _worst(q, here, step, mu) < 1e-3:
             return move
         _coordinate_descent(h, q, here, step, mu, 8)
     sign = np.sign(here + step)
-    return _on_support(h, np.nonzero(sign)[0], mu * sign, mu * sign)[1]
+    return _on_support(h, np.nonzero(sign)[0], mu * sign, mu * sign, ridge)[1]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -289,14 +294,14 @@ def _coordinate_descent(h: Any, q: Any, here: Any, step: Any, mu: Any, sweeps: i
 
 
 @numba.njit(nogil=True, cache=True)
-def _solve_support(h: Any, q: Any, here: Any, step: Any, mu: Any) -> Any:
+def _solve_support(h: Any, q: Any, here: Any, step: Any, mu: Any, ridge: Any) -> Any:
     """Move to the minimiser on the present support; return how many weights would have changed sign, and stop at zero.
 
     Where some would, the move is halved until the objective falls.
     """
     sign = np.sign(here + step)
     kept = np.nonzero(sign)[0]
-    full, move = _on_support(h, kept, -(q + mu * sign), mu * sign)
+    full, move = _on_support(h, kept, -(q + mu * sign), mu * sign, ridge)
     crossed = 0
     for j in kept:
         now = here[j] + step[j]
@@ -323,7 +328,7 @@ def _solve_support(h: Any, q: Any, here: Any, step: Any, mu: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def _on_support(h: Any, kept: Any, first: Any, second: Any) -> Any:
+def _on_support(h: Any, kept: Any, first: Any, second: Any, ridge: Any) -> Any:
     """Return ``H_SS⁻¹`` times two vectors, zero off ``S``, damped so that a rank-deficient block is solvable."""
     size = len(kept)
     block, sides = np.empty((size, size), h.dtype), np.empty((size, 2), h.dtype)
@@ -335,8 +340,7 @@ def _on_support(h: Any, kept: Any, first: Any, second: Any) -> Any:
         sides[i, 0], sides[i, 1] = first[kept[i]], second[kept[i]]
     out = np.zeros(h.shape[0], h.dtype), np.zeros(h.shape[0], h.dtype)
     if size:
-        # enough for float32; in float64, where H is singular, less would give steps without end
-        damping = 2e-6 * trace / size + 1e-30
+        damping = ridge * trace / size + 1e-30
         for i in range(size):
             block[i, i] += damping
         solved = np.linalg.solve(block, sides)

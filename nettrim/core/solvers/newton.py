@@ -35,7 +35,7 @@ class Newton:
     first : int
         Iterations of ADMM before the first try; three times as many in all before each later one.
     steps : int
-        Newton steps of one try; up to twice as many as long as they get anywhere, twelve times for ``halfspace``.
+        Newton steps of one try, at the most, if they get anywhere; six times as many for ``halfspace``.
     start : Admm
         Settings of ADMM, its `max_iter` included.
 
@@ -48,7 +48,7 @@ class Newton:
     """
 
     first: int = 20
-    steps: int = 8
+    steps: int = 16
     start: Admm = field(default_factory=Admm)
 
     def __post_init__(self) -> None:

@@ -95,14 +95,15 @@ class Steps:
             self.begin(torch.where(u * self.u < 0, 0.0, u), lam)
 
     def make(self, steps: int) -> int:
-        """Make `steps` steps, twice as many as long as they get anywhere, and return how many were made."""
+        """Make up to `steps` steps, as long as they get anywhere, and return how many were made."""
         if not 0 < float(self.lam.max()) < torch.inf:
             return 0  # nothing presses against the fit yet
         # a neuron without multipliers (a dead one) takes a λ like the others'
         self.lam = torch.where(self.lam > 0, self.lam, self.lam.max())
         g = self.r @ self.x
-        made, lacking = 0, [float("inf")] * 3
-        while made < steps or (made < 2 * steps and lacking[-1] < 0.5 * lacking[-3]):
+        made, lacking = 0, [float("inf")] * 4
+        # what is lacking halves at least in three steps, or another start is needed
+        while made < steps and (made < 4 or lacking[-1] < 0.5 * lacking[-4]):
             made += 1
             model = self.models.directions(self.r, self.u, g, self.lam)
             self.v = model[1]
