@@ -199,7 +199,7 @@ class LayerProblem:
         return torch.where(self._mask, difference, difference.clamp(min=0))
 
     def with_radius(self, radius: float | Tensor) -> LayerProblem:
-        """Return the same problem with another radius; what was checked once is not checked again."""
+        """Return the same problem with this radius instead of its own or of `lam`; what was checked is not again."""
         other = copy.copy(self)
         other._set(radius=radius, lam=None)
         other._set_radius()

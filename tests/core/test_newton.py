@@ -38,7 +38,7 @@ def problem(form: str = "ball", epsilon: float = 0.2, **more: int) -> LayerProbl
 
 def directions(models: Models, r: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lam: torch.Tensor, off=None):
     pulls = r if off is None else torch.where(torch.from_numpy(models.on), r, off[:, None] * r)
-    return models.directions(r, u, pulls @ x, lam, off)
+    return models.directions(r, u, pulls @ x, lam, Limits(1e-6), off)
 
 
 @pytest.mark.parametrize("ceiling", [False, True], ids=["ball", "halfspace"])
@@ -66,7 +66,7 @@ def test_hessians_beyond_the_budget_are_built_at_every_step(monkeypatch):
     from nettrim.core.solvers import kernels
 
     p = problem()
-    monkeypatch.setattr(kernels, "_BUDGET", 3 * 8 * 20**2)
+    monkeypatch.setattr(kernels, "_BUDGET", 8 * 8 * 10**2)
     solution = nettrim.solve_problem(p, Newton(), tol=1e-5)
     assert solution.stats.iterations == 0
     assert solution.certificate.gap <= 1e-5

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import best_bound
 from nettrim.core.solution import FEASIBLE
 from nettrim.core.solvers.base import Limits, constant_column
 from nettrim.core.solvers.best import Best
@@ -65,7 +64,12 @@ class CeilingSteps(Steps):
         gentle, least, since = True, (float("inf"), float("inf")), 0
         turned: tuple[Tensor, ...] | None = None
         for made in range(1, 6 * steps + 1):
-            d, v = self.models.directions(self.r, self.u, g, self.lam, torch.full_like(self.lam, self.w))[:2]
+            if self.limits.out_of_time():
+                break
+            weight = torch.full_like(self.lam, self.w)
+            d, v = self.models.directions(self.r, self.u, g, self.lam, self.limits, weight)[:2]
+            if not bool(torch.isfinite(d).all()):
+                break
             moved = torch.cat([d, v]) @ self.x.T
             self._step(d, v, moved[: len(d)], moved[len(d) :])
             pulls = self._pulls()
@@ -73,7 +77,7 @@ class CeilingSteps(Steps):
             if not gentle or made % 4 == 0 or made >= _EARLIEST:
                 g = pulls @ self.x
                 self._offer_with(g, pulls)
-                if self.done or self.limits.out_of_time():
+                if self.done:
                     break
                 now = self.best.last_violation, self.best.last_gap
                 if now[0] < 0.9 * least[0] or now[1] < 0.9 * least[1]:
@@ -161,10 +165,7 @@ class CeilingSteps(Steps):
 
     def _offer_with(self, g: Tensor, pulls: Tensor) -> None:
         """Offer the weight, lowered by its excess where a column is constant, and the multipliers."""
-        p, lam = self.scaled.problem, self.lam
-        square = torch.where(self.on, self.r, 0.0).square().sum(1) * lam**2
-        linear = -lam * (pulls * self.ceiling).sum(1)
-        scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, square)
+        p = self.scaled.problem
         excess = torch.where(self.on, 0.0, self.z - self.ceiling).clamp(min=0).amax(1)
         u, z, violation = self.u, self.z, 0.0
         if self.column is None:
@@ -176,4 +177,4 @@ class CeilingSteps(Steps):
         norms = torch.linalg.vector_norm(torch.where(self.on, z - self.ceiling, 0.0), dim=1).double()
         distance = float(norms.norm())
         violation = max(violation, radius_violation(p.tightened(self.rounding), norms, distance))
-        self.best.keep(u.T, violation, distance, lambda: pulls.T * (-lam * scale), bound)
+        self._keep(u, violation, distance, pulls, g)

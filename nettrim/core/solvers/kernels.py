@@ -7,6 +7,7 @@ machine compiles for some ten seconds; numba keeps the result.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import numba
@@ -15,14 +16,18 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nettrim.core.solvers.base import Limits
+
 _BUDGET = 2**30  # bytes of Hessians that are kept between steps
+_ONE_AT_A_TIME = Lock()  # the limit on BLAS threads is the whole process's
 
 
 class Models:
     """The quadratic models of all neurons of one problem, whose Hessians are kept from step to step.
 
     Between steps few samples change between active and inactive and few columns enter, so a Hessian ``X_SᵀX_S`` is
-    changed by those, not built anew. Up to 1 GiB is kept in all; neurons beyond that are built at every step.
+    changed by those, not built anew. Up to 1 GiB is kept in all; one that exceeds its neuron's share is built at every
+    step.
 
     Parameters
     ----------
@@ -42,10 +47,9 @@ class Models:
         self.nothing = np.empty(0, np.int64), np.empty((0, 0), self.columns_of_x.dtype), self.everything
         self.no_rows = np.empty(0, np.int64)
         self.kept: dict[int, tuple[Any, Any, Any]] = {}
-        self.bytes = 0
 
     def directions(
-        self, r: Tensor, u: Tensor, g: Tensor, lam: Tensor, off_weight: Tensor | None = None
+        self, r: Tensor, u: Tensor, g: Tensor, lam: Tensor, limits: Limits, off_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return for every neuron its step and how the step depends on ``λ``.
 
@@ -56,6 +60,8 @@ class Models:
         u, g : Tensor (M, N)
             Weights and ``XᵀR``.
         lam : Tensor (M,)
+        limits : Limits
+            Neurons whose turn comes after the deadline stay where they are.
         off_weight : Tensor (M,), optional
             How much squares off the active set count more than those on it. When given, what they add to a Hessian is
             made anew at every step, since few of them are positive and the weights change.
@@ -79,30 +85,35 @@ class Models:
         r_, u_, g_, mu = r.numpy(), u.numpy(), g.numpy(), (1 / lam).numpy()
 
         def work(i: int) -> None:
+            if limits.out_of_time():
+                return
             on = self.everything if self.on is None else self.on[i]
             positive = on | (r_[i] > 0)
             extra = self.no_rows
             if off_weight is not None:
                 positive, extra = on, np.nonzero(positive & ~on)[0]
             old = self.kept.get(i, self.nothing)
-            new = _one(
-                *(self.columns_of_x, positive, extra, weights[i], ridge, old),
-                *(u_[i], g_[i], self.penalty[i], mu[i], d[i], v[i], sums[i]),
-            )
-            grown = new[1].nbytes - old[1].nbytes
-            if i in self.kept or self.bytes + grown <= _BUDGET:
-                self.bytes += grown
+            try:
+                new = _step(
+                    *(self.columns_of_x, positive, extra, weights[i], ridge, old),
+                    *(u_[i], g_[i], self.penalty[i], mu[i], d[i], v[i], sums[i]),
+                )
+            except np.linalg.LinAlgError:
+                # a program that cannot be solved leaves its neuron where it is
+                d[i] = v[i] = sums[i] = 0
+                return
+            if new[1].nbytes <= _BUDGET // m:
                 self.kept[i] = new
 
         # threads of Python's, since the kernels let go of the interpreter; BLAS must not start others inside each
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with _ONE_AT_A_TIME, threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(work, range(m)))
         linear, square, b = (torch.from_numpy(sums[:, k].copy()) for k in range(3))
         return torch.from_numpy(d), torch.from_numpy(v), linear, square, b
 
 
 @numba.njit(nogil=True, cache=True)
-def _one(
+def _step(
     xt: Any,
     active: Any,
     extra: Any,
@@ -117,10 +128,10 @@ def _one(
     v: Any,
     sums: Any,
 ) -> Any:
-    """Solve one neuron's model, write what `Models.directions` returns, and return its columns, Hessian and samples."""
+    """Solve one neuron's model, write what `Models.directions` returns, and return columns, Hessian and its samples."""
     mu = c * per_lam
     wanted = _working_set(u, g, mu)
-    if not active.any():
+    if not active.any() and extra.shape[0] == 0:
         # a dead neuron: no residual, so the zero weight is free
         for n in range(u.shape[0]):
             if mu[n] > 0:
@@ -170,7 +181,7 @@ def _hessian(xt: Any, active: Any, wanted: Any, columns: Any, h: Any, before: An
     """Return ``X_SᵀX_S`` over the active samples for the wanted columns (and some kept ones), and those columns."""
     rows = np.nonzero(active)[0]
     old = columns.shape[0]
-    if old == 0 or wanted.shape[0] == 0:
+    if old == 0 or wanted.shape[0] == 0 or rows.shape[0] == 0:
         return wanted, _product(_gather(xt, wanted, rows))
     place = np.full(xt.shape[0], -1)
     for j in range(old):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nettrim.core.problem import LayerProblem
+from nettrim.core.problem import LayerProblem, check_count
 from nettrim.core.solution import Status
 from nettrim.core.solvers.admm import Admm, Iteration
 from nettrim.core.solvers.base import Limits, RawAnswer, Start, constant_column
@@ -42,7 +42,7 @@ class Newton:
     Raises
     ------
     ProblemError
-        `first` or `steps` below 1.
+        `first` or `steps` are no whole numbers from 1 up, or `start` is no `Admm`.
     MissingExtraError
         numba is not installed.
     """
@@ -53,8 +53,10 @@ class Newton:
 
     def __post_init__(self) -> None:
         """Refuse settings that try nothing, and a missing library before any work."""
-        if self.first < 1 or self.steps < 1:
-            raise ProblemError(f"Newton needs first ≥ 1 and steps ≥ 1: {self.first} and {self.steps} were given.")
+        for name in ("first", "steps"):
+            object.__setattr__(self, name, check_count(f"Newton's {name}", getattr(self, name)))
+        if not isinstance(self.start, Admm):
+            raise ProblemError(f"Newton's start={self.start!r} is no Admm: pass Admm(...).")
         if not all(importlib.util.find_spec(name) for name in ("numba", "threadpoolctl")):
             raise MissingExtraError("Newton needs numba and threadpoolctl: pip install 'nettrim[newton]'.")
 
@@ -83,21 +85,26 @@ class Newton:
                 else:
                     found.begin(*self._rough(problem, found.scaled, limits))
             made = found.make(self.steps)
-            if found.done:
+            if found.done or limits.out_of_time():
                 weight, gamma = found.scaled.back(found.best.weight, found.best.multipliers)
-                return RawAnswer(weight, gamma, 0, Status.MAX_ITER, dtype, note=self.note(made), carry=found)
+                otherwise = Status.MAX_ITER if found.done else Status.TIME_LIMIT
+                return RawAnswer(weight, gamma, 0, otherwise, dtype, note=self.note(made), carry=found)
         iteration = Iteration(problem, self.start, limits, start)
         if found is not None:
             inputs = iteration.scaled.problem.inputs
             iteration.best.consider(found.best.weight.to(inputs), found.best.multipliers.to(inputs))
+        # a second try under a hard ceiling was never seen to help
+        tries = 0 if problem.form == "halfspace" and found is not None else 1
+        found = None  # its memory is wanted
         steps, last = kind(iteration.scaled, limits, iteration.best), self.first
         while not iteration.done:
-            iteration.until(min(last, self.start.max_iter))
+            iteration.until(min(last, self.start.max_iter) if tries else self.start.max_iter)
             if iteration.done or iteration.steps >= self.start.max_iter:
                 break
             variables = iteration.variables
             steps.begin_at(variables.sparse, -variables.step * variables.a)
             made += steps.make(self.steps)
+            tries -= 1 if problem.form == "halfspace" else 0
             last *= 3
         return iteration.answer(self.note(made))
 
@@ -132,7 +139,7 @@ class Newton:
             steps.begin(*self._rough(quarter, steps.scaled, rough))
         else:
             iteration = Iteration(quarter, self.start, rough, None)
-            iteration.until(self.first)
+            iteration.until(min(self.first, self.start.max_iter))
             steps = Steps(iteration.scaled, rough)
             steps.begin(iteration.variables.sparse.T, iteration.variables.lam())
         steps.make(self.steps)

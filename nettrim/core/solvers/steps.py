@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import best_bound
+from nettrim.core.certificate import best_bound, feasible_multipliers
 from nettrim.core.problem import LayerProblem
 from nettrim.core.solvers.base import Limits
 from nettrim.core.solvers.best import Best
@@ -55,10 +55,11 @@ class Steps:
         return self.best.gap <= 0.9 * self.limits.tol
 
     def begin(self, weight: Tensor, lam: Tensor, gamma: Tensor | None = None) -> None:
-        """Start at a weight ``(M, N)`` and every neuron's ``λ (M,)``, both scaled; multipliers are made from them."""
+        """Start at a weight ``(M, N)`` and every neuron's ``λ (M,)``, both scaled; `gamma` is for hard ceilings."""
         self.u, self.lam = weight.to(self.x).contiguous(), lam.to(self.x)
         self.z = self.u @ self.x.T
         self.r = self._residual(self.z)
+        self.v = torch.zeros_like(self.u)
 
     def begin_at(self, weight: Tensor, gamma: Tensor) -> None:
         """Start at a nearby problem's weight ``(N, M)`` and multipliers ``(P, M)``, scaled; ``λ`` is ``‖Γ‖/‖R‖``."""
@@ -103,28 +104,42 @@ class Steps:
         g = self.r @ self.x
         made, lacking = 0, [float("inf")] * 4
         # what is lacking halves at least in three steps, or another start is needed
-        while made < steps and (made < 4 or lacking[-1] < 0.5 * lacking[-4]):
+        while made < steps and (made < 4 or lacking[-1] < 0.5 * lacking[-4]) and not self.limits.out_of_time():
             made += 1
-            model = self.models.directions(self.r, self.u, g, self.lam)
+            model = self.models.directions(self.r, self.u, g, self.lam, self.limits)
             self.v = model[1]
             self.lam, d = _meet_radius(self.target, self.lam, self.r, model)
+            if not bool(torch.isfinite(d).all()):
+                break
             self._line_search(d, d @ self.x.T)
             g = self.r @ self.x
             self._offer(g)
             lacking.append(max(abs(self.best.last_gap), self.best.last_violation))
-            if self.done or self.limits.out_of_time():
+            if self.done:
                 break
         return made
 
     def _offer(self, g: Tensor) -> None:
         """Offer the weight and its residual's multipliers, ``Γ = −λR``, whose products are all at hand."""
-        p, r, lam = self.scaled.problem, self.r, self.lam
+        p, r = self.scaled.problem, self.r
         norms = torch.linalg.vector_norm(r, dim=1).double()
         distance = float(norms.norm())
         violation = radius_violation(p, norms, distance)
-        linear = -lam * (r * self.anchor).sum(1)
-        scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, (lam * norms.to(lam)) ** 2)
-        self.best.keep(self.u.T, violation, distance, lambda: r.T * (-lam * scale), bound)
+        self._keep(self.u, violation, distance, r, g)
+
+    def _keep(self, u: Tensor, violation: float, distance: float, pulls: Tensor, g: Tensor) -> None:
+        """Offer a weight, and the multipliers ``−λ pulls`` with their products, ``g = pulls X``."""
+        p, lam = self.scaled.problem, self.lam
+        if bool((self.penalty == 0).any()):
+            # free columns are to be centred first
+            dual = feasible_multipliers(p, pulls.T * -lam, pulls.dtype)
+            self.best.keep(u.T, violation, distance, lambda: dual.multipliers, dual.bound)
+            return
+        counted = torch.where(p.active.T, pulls, 0.0) if p.form == "halfspace" else pulls  # type: ignore[union-attr]
+        square = counted.square().sum(1) * lam**2
+        linear = -lam * (pulls * p.anchor.T).sum(1)
+        scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, square)
+        self.best.keep(u.T, violation, distance, lambda: pulls.T * (-lam * scale), bound)
 
     def _residual(self, z: Tensor) -> Tensor:
         difference = z - self.anchor
