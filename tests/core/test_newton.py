@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 import nettrim
 from nettrim.core.problem import LayerProblem, build_problem
-from nettrim.core.solvers import Auto, auto, make_solver
+from nettrim.core.solution import Status
+from nettrim.core.solvers import Auto, auto, kernels, make_solver
 from nettrim.core.solvers.base import Limits
 from nettrim.core.solvers.halfspace import CeilingSteps
 from nettrim.core.solvers.kernels import Models
@@ -63,8 +67,6 @@ def test_a_kept_hessian_is_the_one_built_anew(ceiling):
 
 
 def test_hessians_beyond_the_budget_are_built_at_every_step(monkeypatch):
-    from nettrim.core.solvers import kernels
-
     p = problem()
     monkeypatch.setattr(kernels, "_BUDGET", 8 * 8 * 10**2)
     solution = nettrim.solve_problem(p, Newton(), tol=1e-5)
@@ -176,3 +178,78 @@ def test_what_auto_chose_stands_in_the_solution():
     solution = nettrim.solve_problem(problem())
     assert solution.stats.solver.startswith("auto: Admm(")
     assert "because the problem is small" in solution.stats.solver
+
+
+def test_a_bound_with_free_columns_is_centred_before_it_is_believed():
+    # uncentred, the bound was above the optimum, and the steps stopped a third too early
+    generator = torch.Generator().manual_seed(21)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    x[:, -1] = 1
+    y = (x @ torch.randn(12, 5, generator=generator, dtype=torch.float64) - 2).clamp(min=0)
+    penalty = torch.ones(12, dtype=torch.float64)
+    penalty[-1] = 0
+    solution = nettrim.solve_layer(x, y, epsilon=0.2, penalty=penalty, solver="newton")
+    assert solution.certificate.gap <= 1e-3
+
+
+def test_a_neuron_without_active_samples_still_minds_its_ceiling():
+    x, y = layer(900, 40, 8)
+    y[:, 0] = 0
+    ceiling = torch.zeros_like(y)
+    ceiling[:, 0] = -0.1
+    solution = nettrim.solve_layer(x, y, epsilon=0.3, form="halfspace", ceiling=ceiling, solver="newton")
+    assert solution.stats.iterations == 0, "ADMM had to take over"
+    assert bool(solution.weight[0].any())
+
+
+def test_after_the_deadline_neurons_stay_where_they_are():
+    p = problem()
+    late = Limits(1e-3, time.monotonic() - 1)
+    models = Models(p.inputs, p.penalty.contiguous(), p.active.T.contiguous())
+    zero = torch.zeros(p.n_outputs, p.n_inputs, dtype=torch.float64)
+    r = torch.where(p.active.T, -p.anchor.T, 0.0).contiguous()
+    d, v, *_ = models.directions(r, zero, r @ p.inputs, torch.ones(p.n_outputs, dtype=torch.float64), late)
+    assert not bool(d.any())
+    assert not bool(v.any())
+    for form in ("ball", "halfspace"):
+        assert Newton().run(problem(form), late, None).otherwise is Status.TIME_LIMIT
+
+
+def test_a_program_that_cannot_be_solved_is_left_to_admm(monkeypatch):
+    def singular(*_):
+        raise np.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(kernels, "_step", singular)
+    solution = nettrim.solve_problem(problem(), Newton())
+    assert solution.stats.iterations > 0
+    assert solution.certificate.gap <= 1e-3
+
+
+def test_hessians_beyond_the_budget_leave_the_answer_reproducible(monkeypatch):
+    monkeypatch.setattr(kernels, "_BUDGET", 8 * 8 * 12**2)
+    first, second = (nettrim.solve_problem(problem(), Newton(), tol=1e-5).weight for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_two_solves_at_once_leave_the_threads_of_blas_as_they_were():
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before = threads()
+
+    def several():
+        for _ in range(3):
+            Newton().run(problem(), Limits(1e-5), None)
+
+    solves = [threading.Thread(target=several) for _ in range(2)]
+    for solve in solves:
+        solve.start()
+    for solve in solves:
+        solve.join()
+    assert threads() == before
+
+
+@pytest.mark.parametrize("settings", [{"first": 0}, {"first": 2.5}, {"steps": "a"}, {"steps": True}, {"start": None}])
+def test_settings_that_make_no_step_are_refused(settings):
+    with pytest.raises(nettrim.errors.ProblemError, match=f"Newton's {next(iter(settings))}"):
+        Newton(**settings)

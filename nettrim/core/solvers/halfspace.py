@@ -33,8 +33,6 @@ class CeilingSteps(Steps):
         self.rounding = 1e-5 if scaled.problem.inputs.dtype == torch.float32 else 0.0
         super().__init__(scaled, limits, best)
         p = scaled.problem
-        assert p.active is not None
-        self.on = p.active.T.contiguous()
         self.ceiling = self.anchor
         self.column = constant_column(p)
         self.size = float(p.targets.abs().max()) or float(p.anchor.abs().max()) or 1.0

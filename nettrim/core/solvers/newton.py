@@ -93,19 +93,19 @@ class Newton:
         if found is not None:
             inputs = iteration.scaled.problem.inputs
             iteration.best.consider(found.best.weight.to(inputs), found.best.multipliers.to(inputs))
-        # a second try under a hard ceiling was never seen to help
-        tries = 0 if problem.form == "halfspace" and found is not None else 1
+        # under a hard ceiling a second try was never seen to help
+        once = problem.form == "halfspace"
+        trying = not (once and found is not None)
         found = None  # its memory is wanted
-        steps, last = kind(iteration.scaled, limits, iteration.best), self.first
+        steps, last = kind(iteration.scaled, limits, iteration.best) if trying else None, self.first
         while not iteration.done:
-            iteration.until(min(last, self.start.max_iter) if tries else self.start.max_iter)
-            if iteration.done or iteration.steps >= self.start.max_iter:
+            iteration.until(min(last, self.start.max_iter) if steps else self.start.max_iter)
+            if steps is None or iteration.done or iteration.steps >= self.start.max_iter:
                 break
             variables = iteration.variables
             steps.begin_at(variables.sparse, -variables.step * variables.a)
             made += steps.make(self.steps)
-            tries -= 1 if problem.form == "halfspace" else 0
-            last *= 3
+            steps, last = None if once else steps, 3 * last
         return iteration.answer(self.note(made))
 
     @staticmethod

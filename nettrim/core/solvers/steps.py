@@ -40,9 +40,10 @@ class Steps:
         assert p.active is not None and p.penalty is not None
         self.x, self.anchor = p.inputs, p.anchor.T.contiguous()
         self.penalty = p.penalty.to(p.inputs.dtype).contiguous()
+        self.on, linear = p.active.T.contiguous(), p.form == "linear"
         # R = max(Z − T, floor): −∞ on the active set, 0 off it
-        self.floor = None if p.form == "linear" else torch.where(p.active.T, -torch.inf, 0.0).to(self.x).contiguous()
-        self.models = Models(self.x, self.penalty, None if p.form == "linear" else p.active.T.contiguous())
+        self.floor = None if linear else torch.where(self.on, -torch.inf, 0.0).to(self.x)
+        self.models = Models(self.x, self.penalty, None if linear else self.on)
 
     @property
     def margin(self) -> float:
@@ -135,7 +136,7 @@ class Steps:
             dual = feasible_multipliers(p, pulls.T * -lam, pulls.dtype)
             self.best.keep(u.T, violation, distance, lambda: dual.multipliers, dual.bound)
             return
-        counted = torch.where(p.active.T, pulls, 0.0) if p.form == "halfspace" else pulls  # type: ignore[union-attr]
+        counted = torch.where(self.on, pulls, 0.0) if p.form == "halfspace" else pulls
         square = counted.square().sum(1) * lam**2
         linear = -lam * (pulls * p.anchor.T).sum(1)
         scale, bound = best_bound(p, -(lam[:, None] * g).T, linear, square)
