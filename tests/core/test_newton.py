@@ -193,13 +193,17 @@ def test_a_bound_with_free_columns_is_centred_before_it_is_believed():
 
 
 def test_a_neuron_without_active_samples_still_minds_its_ceiling():
-    x, y = layer(900, 40, 8)
-    y[:, 0] = 0
-    ceiling = torch.zeros_like(y)
-    ceiling[:, 0] = -0.1
-    solution = nettrim.solve_layer(x, y, epsilon=0.3, form="halfspace", ceiling=ceiling, solver="newton")
-    assert solution.stats.iterations == 0, "ADMM had to take over"
-    assert bool(solution.weight[0].any())
+    # nothing but the ceiling moves it, and its Hessian has no rows on the active set
+    p = problem()
+    on = p.active.T.contiguous()
+    on[0] = False
+    models = Models(p.inputs, p.penalty.contiguous(), on)
+    r = torch.zeros(p.n_outputs, p.samples, dtype=torch.float64)
+    r[0, ::3] = 0.5
+    u = torch.zeros(p.n_outputs, p.n_inputs, dtype=torch.float64)
+    ones = torch.ones(p.n_outputs, dtype=torch.float64)
+    d = directions(models, r, u, p.inputs, ones, 40 * ones)[0]
+    assert float((p.inputs @ d[0]).mean()) < 0
 
 
 def test_after_the_deadline_neurons_stay_where_they_are():
