@@ -25,7 +25,7 @@ from nettrim.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from nettrim.methods import METHODS, LObs, Magnitude, NetTrim
+from nettrim.methods import METHODS, LObs, Magnitude, NetTrim, Pattern
 from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import PruneResult, prune
 from nettrim.pipeline.verify import Verification, load_result, verify
@@ -50,6 +50,7 @@ __all__ = [
     "NetTrimError",
     "Newton",
     "Osqp",
+    "Pattern",
     "ProblemError",
     "PruneResult",
     "Radius",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nettrim.errors import ProblemError, UnknownNameError
 from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
 from nettrim.methods.magnitude import Magnitude
+from nettrim.methods.masks import Pattern
 from nettrim.methods.net_trim import NetTrim
 from nettrim.methods.obs import LObs
 
@@ -51,5 +52,6 @@ __all__ = [
     "Magnitude",
     "Method",
     "NetTrim",
+    "Pattern",
     "make_method",
 ]

@@ -11,7 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-AMOUNTS = ("epsilon", "sparsity", "lam")
+from nettrim.errors import ProblemError
+from nettrim.methods.masks import Pattern, kept_count
+
+#: what a user may say of how much goes; exactly one. "pattern" is N:M, said in place of a sparsity
+AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +36,11 @@ class LayerTask:
     bias : Tensor (M,) or None
     inputs : Tensor (P, N)
         From the dense network, or through the pruned prefix.
-    targets : Tensor (P, M)
-        The dense network's outputs, after the ReLU where there is one.
+    outputs : Tensor (P, M)
+        The dense network's outputs, before any ReLU.
     amount : str
-        "epsilon", "sparsity" or "lam".
-    value : float
+        One of `AMOUNTS`.
+    value : float or Pattern
         How much of it.
     dtype : torch.dtype
         The model's own: weights come back rounded to it.
@@ -49,10 +53,38 @@ class LayerTask:
     weight: Tensor
     bias: Tensor | None
     inputs: Tensor
-    targets: Tensor
+    outputs: Tensor
     amount: str
-    value: float
+    value: float | Pattern
     dtype: torch.dtype = torch.float32
+
+    @property
+    def targets(self) -> Tensor:
+        """The dense network's outputs ``(P, M)``, after the ReLU where there is one."""
+        return self.outputs.clamp(min=0) if self.relu else self.outputs
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The N:M pattern to keep, if that is what was asked for."""
+        return self.value if isinstance(self.value, Pattern) else None
+
+    @property
+    def kept(self) -> int:
+        """How many weights are to stay; biases are not counted.
+
+        Raises
+        ------
+        ProblemError
+            The amount is no count.
+        """
+        numel = self.weight.numel()
+        if isinstance(self.value, Pattern):
+            return self.value.count(numel)
+        if self.amount == "kept":
+            return int(self.value)
+        if self.amount == "sparsity":
+            return kept_count(numel, self.value)
+        raise ProblemError(f"layer {self.name!r}: {self.amount} says no number of weights: give sparsity or kept.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +119,7 @@ class Method(Protocol):
 
     @property
     def amounts(self) -> tuple[str, ...]:
-        """Which of "epsilon", "sparsity" and "lam" it takes."""
+        """Which of `AMOUNTS` it takes."""
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Prune one layer."""

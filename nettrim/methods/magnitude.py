@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from nettrim.methods.base import LayerResult, LayerTask
-from nettrim.methods.masks import keep_largest, kept_count
+from nettrim.methods.masks import keep_largest
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Magnitude:
     """One-shot, layer-wise magnitude pruning to an exact count: Han et al., 2015, without its retraining."""
 
     name: str = "magnitude"
-    amounts: tuple[str, ...] = ("sparsity",)
+    amounts: tuple[str, ...] = ("sparsity", "kept")
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Keep the largest weights."""
         began = time.monotonic()
-        mask = keep_largest(task.weight.abs(), kept_count(task.weight.numel(), task.value))
+        mask = keep_largest(task.weight.abs(), task.kept)
         weight = task.weight.where(mask, 0.0)
         return LayerResult(weight, task.bias, time.monotonic() - began)

@@ -19,7 +19,6 @@ from torch import Tensor
 from nettrim.core.linalg import damped_inverse, gram
 from nettrim.errors import ProblemError
 from nettrim.methods.base import LayerResult, LayerTask, with_bias_column
-from nettrim.methods.masks import kept_count
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class LObs:
     damping: float = 1e-6
     bias: str = "kept"
     name: str = "l-obs"
-    amounts: tuple[str, ...] = ("sparsity",)
+    amounts: tuple[str, ...] = ("sparsity", "kept")
 
     def __post_init__(self) -> None:
         """Refuse unknown settings."""
@@ -56,7 +55,7 @@ class LObs:
         hessian = gram(inputs) / inputs.shape[0]
         damped = hessian + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         inverse, extra = damped_inverse(damped)
-        remove = task.weight.numel() - kept_count(task.weight.numel(), task.value)
+        remove = task.weight.numel() - task.kept
         score = 0.5 * dense.square() / inverse.diagonal()
         if task.bias is not None and self.bias == "kept":
             score[:, -1] = torch.inf

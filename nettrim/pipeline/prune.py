@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nettrim.core.problem import check_seed
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods import LayerResult, LayerTask, Method, make_method
+from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch, Recorded, read_batches, record
 from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
 from nettrim.network.trace import LayerGraph, LayerSpec, trace
@@ -73,8 +74,10 @@ def prune(
     method: str | Method = "net-trim",
     *,
     epsilon: float | Mapping[str, float] | None = None,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: float | Pattern | Mapping[str, float | Pattern] | None = None,
+    kept: int | Mapping[str, int] | None = None,
     lam: float | Mapping[str, float] | None = None,
+    tolerance: float | Mapping[str, float] | None = None,
     schedule: str = "cascade",
     layers: str | list[str] | tuple[str, ...] = "all",
     ignore: str | list[str] | tuple[str, ...] = (),
@@ -95,8 +98,10 @@ def prune(
         The calibration samples: tensors, (input, label) tuples or dicts. Labels only serve to report accuracy.
     method : str or Method
         A name in `METHODS`, or an object such as ``NetTrim(form="halfspace")``.
-    epsilon, sparsity, lam : float or dict from layer name to float
-        Exactly one: the relative radius of each layer, the fraction of zeros, or ``λ``.
+    epsilon, sparsity, kept, lam, tolerance : float or dict from layer name to float
+        Exactly one: the relative radius of each layer; the fraction of zeros, or ``nettrim.Pattern(2, 4)`` for N:M
+        sparsity; the number of weights that stay in a layer; ``λ``; or L-OBS's tolerance of ``√L_q``. Biases are not
+        counted.
     schedule : {"cascade", "parallel"}
         In cascade each layer is fitted on what the pruned layers before it give; the last radius is then the guarantee
         for the whole network. In parallel all layers are fitted on the dense network's inputs.
@@ -126,7 +131,8 @@ def prune(
     RunError
         `out_dir` holds another run, or cannot be written.
     """
-    plan = _Plan.make(model, method, schedule, layers, ignore, epsilon=epsilon, sparsity=sparsity, lam=lam)
+    amounts = dict(epsilon=epsilon, sparsity=sparsity, kept=kept, lam=lam, tolerance=tolerance)
+    plan = _Plan.make(model, method, schedule, layers, ignore, amounts)
     workers = check_executor(executor)
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
@@ -149,10 +155,12 @@ class _Plan:
     graph: LayerGraph
     waves: list[list[str]]
     amount: str
-    values: dict[str, float]
+    values: dict[str, float | Pattern]
 
     @staticmethod
-    def make(model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, **amounts: Any) -> _Plan:
+    def make(
+        model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, amounts: dict[str, Any]
+    ) -> _Plan:
         chosen = make_method(method)
         graph = trace(model, layers, ignore)
         kind, values = resolve_amount(graph, chosen, amounts)
@@ -277,7 +285,7 @@ def _task(
         weight=weight,
         bias=bias,
         inputs=inputs,
-        targets=outputs.clamp(min=0) if spec.relu else outputs,
+        outputs=outputs,
         amount=plan.amount,
         value=plan.values[name],
         dtype=layer_arrays(pruned, name)[0].dtype,
@@ -300,7 +308,7 @@ def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
         weight=weight,
         bias=stored(result.bias),
         multipliers=result.multipliers,
-        facts=result.facts | {task.amount: task.value},
+        facts=result.facts | {task.amount: str(task.pattern) if task.pattern else task.value},
         seconds=result.seconds,
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nettrim.core.problem import check_amount
+from nettrim.core.problem import check_amount, check_count
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods import AMOUNTS, Method
-from nettrim.network.trace import LayerGraph
+from nettrim.methods.masks import Pattern
+from nettrim.network.trace import LayerGraph, LayerSpec
 
 SCHEDULES = ("parallel", "cascade")
 
@@ -30,7 +31,9 @@ def waves(graph: LayerGraph, schedule: str) -> list[list[str]]:
     return [names] if schedule == "parallel" else [[name] for name in names]
 
 
-def resolve_amount(graph: LayerGraph, method: Method, amounts: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+def resolve_amount(
+    graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
+) -> tuple[str, dict[str, float | Pattern]]:
     """Return which amount was given, and its value for every layer to prune.
 
     Parameters
@@ -38,13 +41,14 @@ def resolve_amount(graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
     graph : LayerGraph
     method : Method
     amounts : mapping
-        "epsilon", "sparsity" and "lam", exactly one not None: a number for every layer, or a dict from layer
-        name to number.
+        "epsilon", "sparsity", "kept", "lam" and "tolerance", exactly one not None: a number for every layer, or a dict
+        from layer name to number.
 
     Raises
     ------
     ProblemError
-        None or two were given, or a value is out of range: ``epsilon > 0``, ``lam > 0``, ``0 ≤ sparsity < 1``.
+        None or two were given, or a value is out of range: ``epsilon, lam, tolerance > 0``, ``0 ≤ sparsity < 1``,
+        ``1 ≤ kept ≤`` the layer's weights; or an N:M pattern does not divide a layer's rows.
     UnsupportedError
         The method does not take that amount.
     UnknownNameError
@@ -53,12 +57,8 @@ def resolve_amount(graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
     given = {kind: amounts[kind] for kind in AMOUNTS if amounts.get(kind) is not None}
     if len(given) != 1:
         found = "none was given" if not given else " and ".join(f"{k}={v}" for k, v in given.items()) + " were given"
-        raise ProblemError(f"give exactly one of epsilon, sparsity and lam: {found}.")
+        raise ProblemError(f"give exactly one of epsilon, sparsity, kept, lam and tolerance: {found}.")
     kind, value = next(iter(given.items()))
-    if kind not in method.amounts:
-        raise UnsupportedError(
-            f"method {method.name!r} takes {' or '.join(method.amounts)}, and {kind}={value} was given."
-        )
     names = [layer.name for layer in graph.selected]
     if isinstance(value, Mapping):
         unknown = sorted(set(value) - set(names))
@@ -72,10 +72,30 @@ def resolve_amount(graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
         per_layer = {name: value[name] for name in names}
     else:
         per_layer = dict.fromkeys(names, value)
-    return kind, {name: _checked(kind, number) for name, number in per_layer.items()}
+    if kind == "sparsity" and any(isinstance(number, Pattern) for number in per_layer.values()):
+        kind = "pattern"
+    if kind not in method.amounts:
+        raise UnsupportedError(
+            f"method {method.name!r} takes {' or '.join(method.amounts)}, and {kind}={value} was given."
+        )
+    return kind, {layer.name: _checked(kind, per_layer[layer.name], layer) for layer in graph.selected}
 
 
-def _checked(kind: str, number: Any) -> float:
+def _checked(kind: str, number: Any, layer: LayerSpec) -> float | Pattern:
+    if kind == "pattern":
+        if not isinstance(number, Pattern):
+            raise ProblemError(f"sparsity of layer {layer.name!r} is {number!r}: give every layer a pattern, or none.")
+        if layer.in_features % number.of:
+            raise ProblemError(
+                f"pattern {number} does not divide the {layer.in_features} inputs of layer {layer.name!r}: "
+                "leave that layer out by ignore."
+            )
+        return number
+    if kind == "kept":
+        count, numel = check_count(kind, number), layer.in_features * layer.out_features
+        if count > numel:
+            raise ProblemError(f"kept={count} is out of range: layer {layer.name!r} has {numel} weights.")
+        return count
     if kind != "sparsity":
         return check_amount(kind, number)
     try:

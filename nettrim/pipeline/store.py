@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nettrim.errors import RunError
 from nettrim.methods import Method
+from nettrim.methods.masks import Pattern
 from nettrim.network.trace import LayerGraph
 from nettrim.pipeline.ledger import LayerEvidence, Ledger
 
@@ -57,7 +58,7 @@ def describe_run(
     method: Method,
     schedule: str,
     amount: str,
-    values: dict[str, float],
+    values: dict[str, float | Pattern],
     graph: LayerGraph,
     seed: int,
 ) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def describe_run(
         "method": method.name,
         "method_settings": repr(method),
         "schedule": schedule,
-        "amount": {amount: values},
+        "amount": {amount: {k: str(v) if isinstance(v, Pattern) else v for k, v in values.items()}},
         "chain": [asdict(layer) for layer in graph.layers],
         "seed": seed,
         "model": digest_tensors(dict(model.state_dict())),

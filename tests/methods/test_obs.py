@@ -12,7 +12,7 @@ from nettrim.methods.base import LayerTask
 def task(weight, bias, inputs, sparsity):
     return LayerTask(
         name="fc", relu=True, last=False, clean=True, weight=weight, bias=bias, inputs=inputs,
-        targets=inputs @ weight.T, amount="sparsity", value=sparsity, dtype=torch.float64,
+        outputs=inputs @ weight.T, amount="sparsity", value=sparsity, dtype=torch.float64,
     )  # fmt: skip
 
 
