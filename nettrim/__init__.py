@@ -2,6 +2,7 @@
 
 from nettrim.core.certificate import Certificate, certify
 from nettrim.core.problem import LayerProblem
+from nettrim.core.refine import Evidence, Refined, refine
 from nettrim.core.solution import LayerSolution, SolveStats, Status
 from nettrim.core.solvers import (
     SOLVERS,
@@ -25,7 +26,8 @@ from nettrim.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from nettrim.methods import METHODS, LObs, Magnitude, NetTrim, Pattern
+from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Pattern, SparseGpt, Wanda
+from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import PruneResult, prune
 from nettrim.pipeline.verify import Verification, load_result, verify
@@ -36,9 +38,11 @@ __all__ = [
     "METHODS",
     "SOLVERS",
     "Admm",
+    "Alps",
     "Certificate",
     "Clarabel",
     "DataError",
+    "Evidence",
     "LObs",
     "LayerProblem",
     "LayerRecord",
@@ -50,21 +54,26 @@ __all__ = [
     "NetTrimError",
     "Newton",
     "Osqp",
+    "Overall",
     "Pattern",
     "ProblemError",
     "PruneResult",
     "Radius",
+    "Refined",
     "RunError",
     "Scs",
     "SolveStats",
     "SolverError",
+    "SparseGpt",
     "Status",
     "UnknownNameError",
     "UnsupportedError",
     "Verification",
+    "Wanda",
     "certify",
     "load_result",
     "prune",
+    "refine",
     "solve_layer",
     "solve_path",
     "solve_problem",

@@ -9,12 +9,37 @@ the schedule is simpler.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The eigendecomposition of a Gram matrix whose inputs were scaled to unit norm; one serves many searches.
+
+    Attributes
+    ----------
+    scale : Tensor (N,)
+    values : Tensor (N,)
+    vectors : Tensor (N, N)
+    """
+
+    scale: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def of(gram: Tensor, dtype: torch.dtype) -> Spectrum:
+        """Decompose ``XᵀX (N, N)`` in float64, and keep it in `dtype`. ``9 N³`` flops or so."""
+        scale = gram.diagonal().clamp(min=1e-6 * float(gram.diagonal().max())).rsqrt()
+        values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
+        return Spectrum(scale.to(dtype), values.clamp(min=0).to(dtype), vectors.to(dtype))
+
+
 def l0_support(
-    gram: Tensor,
+    spectrum: Spectrum,
     cross: Tensor,
     start: Tensor,
     kept: int,
@@ -29,8 +54,8 @@ def l0_support(
 
     Parameters
     ----------
-    gram : Tensor (N, N)
-        ``XᵀX``, float64.
+    spectrum : Spectrum
+        Of ``XᵀX``.
     cross : Tensor (N, M)
         ``XᵀT``.
     start : Tensor (M, N)
@@ -45,9 +70,7 @@ def l0_support(
         ``ρ`` at first, and its factor every third iteration; the slower, the better the support.
     max_iter : int
     """
-    scale = gram.diagonal().clamp(min=1e-6 * float(gram.diagonal().max())).rsqrt()
-    values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
-    values, vectors, scale = values.clamp(min=0).to(start), vectors.to(start), scale.to(start)
+    scale, values, vectors = (tensor.to(start) for tensor in (spectrum.scale, spectrum.values, spectrum.vectors))
     weigh = importance.sqrt().to(start)
     right = scale[:, None] * cross.to(start) * weigh
     sparse = (start / scale).T * weigh

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nettrim.core.certificate import Certificate, certify
-from nettrim.core.l0 import l0_support
+from nettrim.core.l0 import Spectrum, l0_support
 from nettrim.core.linalg import gram
 from nettrim.core.onesided import OneSided
 from nettrim.core.problem import LayerProblem, as_float_tensor, check_count
@@ -161,23 +161,17 @@ def refine(
     if not headroom >= 1 or isinstance(swaps, bool) or not isinstance(swaps, int) or swaps < 0:
         raise ProblemError(f"headroom={headroom} and swaps={swaps} are out of range: headroom ≥ 1, swaps ≥ 0.")
     total = int((~free).sum()) * len(start)
-    kind = torch.float64 if problem.inputs.numel() <= _DOUBLE else torch.float32
+    kind = working_dtype(problem)
     chosen = None
     if problem.samples > rows:
         chosen = torch.linspace(0, problem.samples - 1, rows, device=problem.inputs.device).long()
-    bar = tqdm(total=2 * steps + 2 * swaps + 2, desc="refine", leave=False, disable=None if progress else True)
+    bar = tqdm(total=2 * steps + swaps * steps, desc="refine", leave=False, disable=None if progress else True)
     with bar:
         search = _Search(OneSided.of(problem, kind, chosen), free, weights, kept, steps, bar.update)
         found, mask, history = search.run(start.to(kind), headroom, swaps, also_full=kept < total <= _SMALL)
-        everything = OneSided.of(problem, kind)
-        found, _ = everything.fit(found, mask, _SETTLE)
-        if metric is not None:
-            found = everything.balance(found, mask, metric.to(kind), _SWEEPS)
-        bar.update()
-    del search, everything
+    found = conclude(problem, found, mask, metric, round_to)
     # the verdict is float64, on what will be stored
     verdict = OneSided.of(problem, torch.float64)
-    found = found.to(round_to or problem.inputs.dtype)
 
     def worth(candidate: Tensor) -> float:
         if metric is not None:
@@ -188,13 +182,14 @@ def refine(
     within = int(support[:, ~free].sum()) <= kept
     if within and worth(start) < worth(found):
         mask = _extended(verdict, start, support, free, kept)
-        if metric is None:
-            found, _ = verdict.fit(start, mask, _SETTLE)
-        else:
-            found = verdict.balance(start, mask, metric, _SWEEPS)
+        # in the metric, an unweighted refit first could lose what the start has
+        found = (
+            verdict.fit(start, mask, _SETTLE)[0] if metric is None else verdict.balance(start, mask, metric, _SWEEPS)
+        )
         found = found.to(round_to or problem.inputs.dtype)
+    found = _filled(found, mask, start)
     return Refined(
-        weight=_filled(found, mask, start).to(problem.inputs.dtype),
+        weight=found.to(problem.inputs.dtype),
         mask=mask,
         kept=int(mask[:, ~free].sum()),
         distance=float(verdict.losses(found.double()).sum().sqrt()),
@@ -203,6 +198,23 @@ def refine(
         seconds=time.monotonic() - began,
         problem=problem,
     )
+
+
+def conclude(
+    problem: LayerProblem, weight: Tensor, mask: Tensor, metric: Tensor | None, round_to: torch.dtype | None
+) -> Tensor:
+    """Refit a weight ``(M, N)`` on a support by all samples, in the next layers' metric if known, and round it."""
+    kind = working_dtype(problem)
+    layer = OneSided.of(problem, kind)
+    found, _ = layer.fit(weight.to(kind), mask, _SETTLE)
+    if metric is not None:
+        found = layer.balance(found, mask, metric.to(kind), _SWEEPS)
+    return found.to(round_to or problem.inputs.dtype)
+
+
+def working_dtype(problem: LayerProblem) -> torch.dtype:
+    """Return the precision of the search: float64 where that costs nothing."""
+    return torch.float64 if problem.inputs.numel() <= _DOUBLE else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +255,12 @@ class _Search:
         outputs = start @ self.layer.inputs
         targets = outputs - self.layer.residual(outputs)
         weight, _ = l0_support(
-            gram(self.layer.inputs.T), (targets @ self.layer.inputs.T).T, start, size, self.free, self.importance
+            Spectrum.of(gram(self.layer.inputs.T), start.dtype),
+            (targets @ self.layer.inputs.T).T,
+            start,
+            size,
+            self.free,
+            self.importance,
         )
         mask = (weight != 0) | self.free
         own = start != 0
@@ -302,10 +319,18 @@ def _checked(
     diagonal = given if given.dim() == 1 else given.diagonal()
     if bool((diagonal < 0).any()) or not bool((diagonal > 0).any()):
         raise ProblemError("importance has a negative entry, or no positive one: it weighs squared errors.")
-    # a neuron that nothing needs still has an error: a little of it, so that no division is by zero
-    floor = 1e-3 * diagonal.mean()
     metric = None
     if given.dim() == 2:
         metric = 0.5 * (given + given.T) / diagonal.mean()
         metric = metric + 1e-3 * torch.eye(shape[0]).to(metric)
-    return start, free, diagonal.clamp(min=float(floor)) / diagonal.mean(), metric
+    return start, free, neuron_importance(given), metric
+
+
+def neuron_importance(importance: Tensor) -> Tensor:
+    """Return how much each neuron's squared error counts ``(M,)``, 1 in the mean.
+
+    A neuron that nothing needs still counts a thousandth, so that nothing is divided by zero.
+    """
+    diagonal = importance if importance.dim() == 1 else importance.diagonal()
+    mean = float(diagonal.mean())
+    return (diagonal / mean).clamp(min=1e-3) if mean > 0 else torch.ones_like(diagonal)

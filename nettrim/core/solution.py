@@ -17,6 +17,10 @@ class Status(Enum):
     """How a solve ended, judged from the certificate alone. The value is the sentence that says what to do."""
 
     SOLVED = "Certified: the gap and the violation are within their tolerances."
+    REFINED = (
+        "Refined at an exact count: the gap says how far the l1 norm is above the least at the same error; it is "
+        "evidence, and nothing that a longer run would close."
+    )
     MAX_ITER = "The iterations ran out before the gap was within tol: raise the solver's max_iter, or tol."
     TIME_LIMIT = "max_seconds ran out before the gap was within tol: raise max_seconds, or tol."
     NOT_FEASIBLE = (
@@ -25,6 +29,11 @@ class Status(Enum):
     )
     INFEASIBLE = "No weight reaches this radius: raise epsilon or the radius above the least-squares residual."
     BACKEND_FAILED = "The backend gave no usable answer: scale the inputs, raise the radius, or use another solver."
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the answer is what was asked for."""
+        return self in (Status.SOLVED, Status.REFINED)
 
     @property
     def remedy(self) -> str:

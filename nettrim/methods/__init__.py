@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nettrim.errors import ProblemError, UnknownNameError
+from nettrim.methods.alps import Alps
 from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
 from nettrim.methods.magnitude import Magnitude
 from nettrim.methods.masks import Pattern
 from nettrim.methods.net_trim import NetTrim
 from nettrim.methods.obs import LObs
+from nettrim.methods.sparsegpt import SparseGpt
+from nettrim.methods.wanda import Wanda
 
 #: name -> factory of the method with its default settings
 METHODS: dict[str, Callable[[], Method]] = {
     "net-trim": NetTrim,
     "l-obs": LObs,
     "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGpt,
+    "alps": Alps,
 }
 
 
@@ -46,6 +52,7 @@ def make_method(method: str | Method) -> Method:
 __all__ = [
     "AMOUNTS",
     "METHODS",
+    "Alps",
     "LObs",
     "LayerResult",
     "LayerTask",
@@ -53,5 +60,7 @@ __all__ = [
     "Method",
     "NetTrim",
     "Pattern",
+    "SparseGpt",
+    "Wanda",
     "make_method",
 ]

@@ -6,7 +6,7 @@ A method sees arrays, never a module, and never another layer: where its inputs 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from nettrim.methods.masks import Pattern, kept_count
 
 #: what a user may say of how much goes; exactly one. "pattern" is N:M, said in place of a sparsity
 AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern")
+#: those that say how many weights stay, for methods that choose them freely
+COUNTS = ("sparsity", "kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,9 @@ class LayerTask:
         How much of it.
     dtype : torch.dtype
         The model's own: weights come back rounded to it.
+    importance : Tensor (M, M) or None
+        ``G``: errors ``e`` of this layer cost ``eᵀ G e`` at the network's output, on average. For methods that look
+        ahead; None for the last layer.
     """
 
     name: str
@@ -57,6 +62,7 @@ class LayerTask:
     amount: str
     value: float | Pattern
     dtype: torch.dtype = torch.float32
+    importance: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -123,6 +129,14 @@ class Method(Protocol):
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Prune one layer."""
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A method that may want `LayerTask.importance`, for which the driver takes a quick look at the layers to come."""
+
+    def looks_ahead(self, amount: str) -> bool:
+        """Whether it does, for that amount."""
 
 
 def with_bias_column(inputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +78,87 @@ def keep_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
         The rows do not divide into groups.
     """
     rows, columns = scores.shape
-    if columns % pattern.of:
-        raise ProblemError(f"pattern {pattern} does not divide rows of {columns} weights: leave that layer out.")
+    check_division(columns, pattern)
     groups = scores.reshape(-1, pattern.of)
     order = torch.argsort(groups, dim=1, descending=True, stable=True)[:, : pattern.keep]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
     return mask.reshape(rows, columns)
+
+
+def check_division(columns: int, pattern: Pattern) -> None:
+    """Refuse a pattern whose groups do not fill a row.
+
+    Raises
+    ------
+    ProblemError
+        `columns`, the weights of a row, are no multiple of ``pattern.of``.
+    """
+    if columns % pattern.of:
+        raise ProblemError(f"pattern {pattern} does not divide rows of {columns} weights: leave that layer out.")
+
+
+def keep_rows(scores: Tensor, count: int) -> Tensor:
+    """Return the mask ``(M, N)`` of `count` scores, spread evenly: every row keeps its own ``⌊count / M⌋`` largest.
+
+    The ``count mod M`` places that are left go one each to the rows whose next score is largest. So the total is exact
+    and no row keeps more than one weight more than another. Of equal scores the earlier stay.
+
+    Raises
+    ------
+    ProblemError
+        `count` is negative or above the number of scores.
+    """
+    if not 0 <= count <= scores.numel():
+        raise ProblemError(f"count={count} is out of range: there are {scores.numel()} weights.")
+    each, left = divmod(count, scores.shape[0])
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :each], True)
+    if left:
+        following = order[:, each]
+        more = keep_largest(scores.gather(1, following[:, None])[:, 0], left)
+        mask[more, following[more]] = True
+    return mask
+
+
+def share_out(total: int, sizes: Sequence[int], limits: Sequence[int]) -> list[int]:
+    """Divide `total` over groups in proportion to their sizes, exactly, and give none more than its limit.
+
+    What a full group cannot take goes to the others in the same proportion. Fractions go to the groups of largest
+    remainder, of equal ones to the earlier.
+
+    Parameters
+    ----------
+    total : int
+        ``0 ≤ total ≤ Σ limits``.
+    sizes, limits : sequence of int
+        One per group, ``≥ 0``; a group of size 0 has the limit 0.
+
+    Returns
+    -------
+    list of int
+        Adds up to `total`.
+
+    Raises
+    ------
+    ProblemError
+        The limits do not hold `total`.
+    """
+    if not 0 <= total <= sum(limits):
+        raise ProblemError(f"total={total} is out of range: the groups hold {sum(limits)}.")
+    shares = [0] * len(sizes)
+    open_ = [i for i, limit in enumerate(limits) if limit]
+    while open_:
+        whole = sum(sizes[i] for i in open_)
+        full = [i for i in open_ if total * sizes[i] >= limits[i] * whole]
+        if not full:
+            for i in open_:
+                shares[i] = total * sizes[i] // whole
+            by_remainder = sorted(open_, key=lambda i: -(total * sizes[i] % whole))
+            for i in by_remainder[: total - sum(shares[i] for i in open_)]:
+                shares[i] += 1
+            break
+        for i in full:
+            shares[i] = limits[i]
+        total -= sum(limits[i] for i in full)
+        open_ = [i for i in open_ if i not in full]
+    return shares

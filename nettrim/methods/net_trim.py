@@ -3,9 +3,9 @@
 Aghasi, Abdi, Nguyen, Romberg, "Net-Trim: Convex Pruning of Deep Neural Networks with Performance Guarantee", NIPS 2017;
 Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Science, 2020.
 
-In parallel the radius of layer ``l`` is ``ε_l ‖Y_l‖_F``. In cascade the inputs come through the pruned prefix,
-where the dense weights themselves are off by ``d_l``; the radius is ``max(ε_l ‖Y_l‖_F, √γ d_l)`` ("relative"),
-or ``√γ d_l`` after the first pruned layer ("paper").
+The radius follows from what was asked for by the rules in `nettrim.methods.program`. Asked for a number of weights
+instead, each layer is refined at exactly that count (`nettrim.core.refine`), and the convex program at the error that
+was reached says how far its ``ℓ1`` norm is from the least.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from nettrim.core.certificate import Certificate, measure_fit
-from nettrim.core.problem import FORMS, LayerProblem
+from nettrim.core.l0 import Spectrum, l0_support
+from nettrim.core.linalg import gram
+from nettrim.core.refine import neuron_importance, refine
+from nettrim.core.reweighted import reweighted
+from nettrim.core.solution import SolveStats, Status
 from nettrim.core.solvers import Solver, check_limits, make_solver, solve_problem
-from nettrim.errors import ProblemError
-from nettrim.methods.base import LayerResult, LayerTask, with_bias_column
+from nettrim.errors import ProblemError, UnsupportedError
+from nettrim.methods.base import COUNTS, LayerResult, LayerTask
+from nettrim.methods.program import derive, join_bias, layer_problem, split_bias
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ class NetTrim:
         For each layer.
     on_failure : {"warn", "raise", "return"}
         What to do where a layer is not certified; its record says so in any case.
+    route : {"refined", "reweighted"}
+        To a number of weights: "refined" searches the support directly (`nettrim.core.refine`), "reweighted" solves
+        reweighted convex programs until few enough are left (`nettrim.core.reweighted`); the published programs have
+        no count.
+    swaps : int
+        Rounds of swaps of the refinement.
+    evidence : bool
+        Beside a number of weights, solve the convex program at the error that was reached, and record how far the
+        ``ℓ1`` norm is from its least.
     """
 
     form: str = "ball"
@@ -65,13 +77,16 @@ class NetTrim:
     tol: float = 1e-3
     max_seconds: float | None = None
     on_failure: str = "warn"
+    route: str = "refined"
+    swaps: int = 0
+    evidence: bool = True
     name: str = "net-trim"
-    amounts: tuple[str, ...] = ("epsilon", "lam")
+    amounts: tuple[str, ...] = ("epsilon", "lam", *COUNTS)
 
     def __post_init__(self) -> None:
         """Refuse settings out of range before any work."""
         choices: dict[str, tuple[str, ...]] = {"form": ("ball", "halfspace"), "cascade": ("relative", "paper")}
-        choices["bias"] = ("free", "penalised", "frozen")
+        choices |= {"bias": ("free", "penalised", "frozen"), "route": ("refined", "reweighted")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ProblemError(
@@ -87,8 +102,14 @@ class NetTrim:
         make_solver(self.solver)
         check_limits(self.tol, self.max_seconds, self.on_failure)
 
+    def looks_ahead(self, amount: str) -> bool:
+        """Whether it weighs a layer's errors by what the next layers will make of them."""
+        return amount in COUNTS
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Set the program up, solve it, and round it to the model's dtype before it is certified."""
+        if task.amount in COUNTS:
+            return self._prune_to_count(task)
         began = time.monotonic()
         facts = self._given(task)
         facts |= derive(facts, task.clean, task.inputs, task.targets, task.weight, task.bias)
@@ -102,16 +123,50 @@ class NetTrim:
             round_to=task.dtype,
         )
         weight, bias = split_bias(solution.weight, task.bias, facts["bias"])
-        stats = solution.stats
-        facts |= {
-            "status": solution.status.name,
-            "solver": stats.solver,
-            "iterations": stats.iterations,
-            "dtype": stats.dtype,
-            "damping": stats.damping,
-            "note": stats.note,
-        }
+        facts |= {"status": solution.status.name} | _said(solution.stats)
         return LayerResult(weight, bias, time.monotonic() - began, solution.multipliers, facts)
+
+    def _prune_to_count(self, task: LayerTask) -> LayerResult:
+        """Refine at the count, and let the convex program at the error that was reached say what it is worth."""
+        began = time.monotonic()
+        if self.form == "halfspace" or (self.bias == "penalised" and task.bias is not None):
+            raise UnsupportedError(
+                f"a number of weights needs NetTrim's form='ball' and bias='free' or 'frozen': form={self.form!r} and "
+                f"bias={self.bias!r} were given, with {task.amount}={task.value}."
+            )
+        facts = self._given(task)
+        # the radius plays no part in the search
+        problem = layer_problem(facts | {"radius": 1.0, "lam": None}, task.inputs, task.targets, task.weight, task.bias)
+        if self.route == "reweighted":
+            refined = reweighted(problem, kept=task.kept, solver=self.solver, round_to=task.dtype)
+        else:
+            assert problem.penalty is not None
+            free = problem.penalty[0] == 0
+            wanted = task.outputs
+            if facts["bias"] == "frozen" and task.bias is not None:
+                wanted = wanted - task.bias
+            dense = join_bias(task.weight, task.bias, facts["bias"])
+            spectrum = Spectrum.of(gram(problem.inputs), torch.float32)
+            weigh = dense.new_ones(len(dense)) if task.importance is None else neuron_importance(task.importance)
+            start, _ = l0_support(spectrum, problem.inputs.T @ wanted, dense.float(), task.kept, free, weigh)
+            refined = refine(
+                problem, start, kept=task.kept, importance=task.importance, swaps=self.swaps, round_to=task.dtype
+            )
+        weight, bias = split_bias(refined.weight, task.bias, facts["bias"])
+        facts |= {"status": Status.REFINED.name, "seconds_search": refined.seconds, "search": refined.history}
+        facts |= derive(facts, task.clean, task.inputs, task.targets, task.weight, task.bias, refined.weight)
+        multipliers = None
+        if self.evidence:
+            solution = solve_problem(
+                problem.with_radius(facts["radius"]),
+                self.solver,
+                tol=self.tol,
+                max_seconds=self.max_seconds,
+                on_failure="return",
+            )
+            multipliers = solution.multipliers
+            facts |= {"bound_status": solution.status.name} | _said(solution.stats)
+        return LayerResult(weight, bias, time.monotonic() - began, multipliers, facts)
 
     def _given(self, task: LayerTask) -> dict[str, Any]:
         """Return what was asked for: all that `derive` needs beside the data."""
@@ -131,100 +186,12 @@ class NetTrim:
         }
 
 
-def derive(
-    facts: dict[str, Any], clean: bool, inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
-) -> dict[str, Any]:
-    """Return what follows from the data: the radius by the schedule's rule, and what it was made from.
-
-    Parameters
-    ----------
-    facts : dict
-        As a record stores them; "epsilon" or "lam" among them.
-    clean : bool
-        Whether the inputs are the dense network's own.
-    inputs : Tensor (P, N)
-    targets : Tensor (P, M)
-    weight, bias : Tensor (M, N), Tensor (M,) or None
-        Dense.
-
-    Returns
-    -------
-    dict
-        "target_norm" ``‖Y‖``; "ceiling_norm" ``‖V₊‖`` off the active set; "radius", "lam"; and with a radius "drift"
-        ``d``, how far the dense weights are from these targets, "asked" ``ε‖Y‖`` (0 where the papers' rule does not
-        ask) and "floor", below which no radius is set.
-    """
-    dense = inputs @ weight.T if bias is None else inputs @ weight.T + bias
-    size = float(targets.norm())
-    ceiling_norm = 0.0
-    if facts["ceiling"] != "none":
-        ceiling_norm = float(dense.clamp(min=0)[targets <= 0].norm())
-    found = {"target_norm": size, "ceiling_norm": ceiling_norm, "lam": facts.get("lam"), "radius": None}
-    if found["lam"] is not None:
-        return found
-    # the distance does not depend on the radius, which is not known yet
-    problem = layer_problem(facts | {"radius": 1.0, "lam": None}, inputs, targets, weight, bias)
-    drift = measure_fit(problem, join_bias(weight, bias, facts["bias"])).distance
-    # where nothing was asked and nothing drifted, or all targets are zero, a radius of 0 would ask for the impossible
-    floor = 1e-6 * (size or float(dense.norm()) or 1.0)
-    asked = facts["epsilon"] * size if clean or facts["cascade"] == "relative" else 0.0
-    radius = facts["kappa"] * (asked if clean else max(asked, math.sqrt(facts["gamma"]) * drift))
-    return found | {"drift": drift, "asked": asked, "floor": floor, "radius": max(radius, floor)}
-
-
-def promise(facts: dict[str, Any], certificate: Certificate, targets: Tensor) -> float:
-    """Return what ``‖σ(X Ûᵀ) − Y‖_F`` cannot exceed, on the inputs that the layer was solved for.
-
-    The radius, or the distance where that is missed, and for ``halfspace`` what the ceiling lets pass: all of ``V₊``,
-    and the excess over it at every inactive entry. Raised by 1e-12 for the rounding of sums.
-    """
-    reached = max(certificate.distance, facts["radius"] or 0.0)
-    passed: float = facts["ceiling_norm"] + certificate.excess * math.sqrt(int((targets <= 0).sum()))
-    return math.hypot(reached, passed) * (1 + 1e-12)
-
-
-def layer_problem(
-    facts: dict[str, Any], inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
-) -> LayerProblem:
-    """Set up one layer's program from what a record stores, so that `verify` solves nothing but checks the same thing.
-
-    Parameters
-    ----------
-    facts : dict
-        "form", "bias", "ceiling", and one of "radius" and "lam" not None.
-    inputs : Tensor (P, N)
-    targets : Tensor (P, M)
-    weight, bias : Tensor (M, N), Tensor (M,) or None
-        Dense.
-    """
-    form, kind = facts["form"], facts["bias"]
-    if form not in FORMS:
-        raise ProblemError(f"form={form!r} is unknown: use one of {', '.join(FORMS)}.")
-    dense = inputs @ weight.T if bias is None else inputs @ weight.T + bias
-    ceiling = None
-    if facts["ceiling"] != "none":
-        ceiling = dense.clamp(min=0) if facts["ceiling"] == "clipped" else dense
-    active = None if form == "linear" else targets > 0
-    penalty = None
-    if kind == "frozen":
-        assert bias is not None
-        # Z = X Uᵀ + b: the anchor moves by −b, on the active set and off it
-        targets = targets - bias
-        if form != "linear":
-            ceiling = (inputs.new_zeros(()) if ceiling is None else ceiling) - bias.expand_as(targets)
-    elif kind in ("free", "penalised"):
-        inputs = with_bias_column(inputs)
-        if kind == "free":
-            penalty = inputs.new_ones(inputs.shape[1], dtype=torch.float64)
-            penalty[-1] = 0.0
-    return LayerProblem(inputs, targets, form, facts["radius"], facts["lam"], ceiling, penalty, active)
-
-
-def join_bias(weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """Return ``U``: the weight, with the bias as its last column where the program fits one."""
-    return torch.cat([weight, bias[:, None]], dim=1) if bias is not None and kind in ("free", "penalised") else weight
-
-
-def split_bias(u: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Undo `join_bias`; a frozen bias comes back as it was."""
-    return (u[:, :-1], u[:, -1]) if kind in ("free", "penalised") else (u, bias)
+def _said(stats: SolveStats) -> dict[str, Any]:
+    """Return what the solver says of its work, as a record keeps it."""
+    return {
+        "solver": stats.solver,
+        "iterations": stats.iterations,
+        "dtype": stats.dtype,
+        "damping": stats.damping,
+        "note": stats.note,
+    }

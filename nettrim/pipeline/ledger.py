@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrim.core.certificate import certify
+from nettrim.core.refine import evidence_of
 from nettrim.core.solution import FEASIBLE, Status, judge
-from nettrim.methods.net_trim import derive, join_bias, layer_problem, promise
+from nettrim.methods.program import derive, join_bias, layer_problem, promise
 from nettrim.pipeline.bounds import Link, layer_bounds, spectral_norm, telescoped
 from nettrim.pipeline.evaluate import accuracy
 
@@ -256,15 +256,18 @@ def _measure(layer: LayerEvidence, i: int, dense: Activations, pruned: Activatio
         inputs = dense.inputs[i] if layer.clean else pruned.inputs[i]
         bias = None if layer.dense_bias is None else layer.dense_bias.double()
         # what follows from the data is derived again, not read
-        facts = facts | derive(facts, layer.clean, inputs, targets, dense_weight, bias)
+        solved = join_bias(layer.weight, layer.bias, facts["bias"]).double()
+        facts = facts | derive(facts, layer.clean, inputs, targets, dense_weight, bias, solved)
         problem = layer_problem(facts, inputs, targets, dense_weight, bias)
-        solved = join_bias(layer.weight, layer.bias, facts["bias"])
-        certificate = certify(problem, solved.double(), layer.multipliers.double())
+        evidence = evidence_of(problem, solved, layer.multipliers.double())
+        certificate = evidence.certificate
         promised = promise(facts, certificate, targets)
         excess = certificate.excess * math.sqrt(int((targets <= 0).sum()))
         ended = Status[facts["status"]]
         otherwise = Status.MAX_ITER if ended is Status.SOLVED else ended
         facts = facts | {"status": judge(certificate, facts["tol"], otherwise).name}
+        if ended is Status.REFINED:
+            facts = facts | {"nearest": evidence.nearest}
     # the bound of a problem whose weight is not feasible proves nothing, and may be as large as you like
     proven = certificate is not None and certificate.violation <= FEASIBLE
     return {

@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from nettrim.core.problem import check_seed
 from nettrim.errors import ProblemError, UnsupportedError
-from nettrim.methods import LayerResult, LayerTask, Method, make_method
+from nettrim.methods import LayerResult, LayerTask, Method
 from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch, Recorded, read_batches, record
 from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
-from nettrim.network.trace import LayerGraph, LayerSpec, trace
+from nettrim.network.trace import LayerGraph, LayerSpec
+from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.execute import check_executor, run_all
 from nettrim.pipeline.ledger import Activations, LayerEvidence, Ledger, build_ledger
-from nettrim.pipeline.schedule import resolve_amount, waves
-from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free
+from nettrim.pipeline.plan import Plan
+from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free, started_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ def prune(
     method: str | Method = "net-trim",
     *,
     epsilon: float | Mapping[str, float] | None = None,
-    sparsity: float | Pattern | Mapping[str, float | Pattern] | None = None,
+    sparsity: float | Pattern | Overall | Mapping[str, float | Pattern] | None = None,
     kept: int | Mapping[str, int] | None = None,
     lam: float | Mapping[str, float] | None = None,
     tolerance: float | Mapping[str, float] | None = None,
@@ -99,9 +100,9 @@ def prune(
     method : str or Method
         A name in `METHODS`, or an object such as ``NetTrim(form="halfspace")``.
     epsilon, sparsity, kept, lam, tolerance : float or dict from layer name to float
-        Exactly one: the relative radius of each layer; the fraction of zeros, or ``nettrim.Pattern(2, 4)`` for N:M
-        sparsity; the number of weights that stay in a layer; ``λ``; or L-OBS's tolerance of ``√L_q``. Biases are not
-        counted.
+        Exactly one: the relative radius of each layer; the fraction of zeros (or ``nettrim.Pattern(2, 4)`` for N:M
+        sparsity, or ``nettrim.Overall(0.95)`` for the whole network, split over the layers by what the data say); the
+        number of weights that stay in a layer; ``λ``; or L-OBS's tolerance of ``√L_q``. Biases are not counted.
     schedule : {"cascade", "parallel"}
         In cascade each layer is fitted on what the pruned layers before it give; the last radius is then the guarantee
         for the whole network. In parallel all layers are fitted on the dense network's inputs.
@@ -132,7 +133,7 @@ def prune(
         `out_dir` holds another run, or cannot be written.
     """
     amounts = dict(epsilon=epsilon, sparsity=sparsity, kept=kept, lam=lam, tolerance=tolerance)
-    plan = _Plan.make(model, method, schedule, layers, ignore, amounts)
+    plan = Plan.make(model, method, schedule, layers, ignore, amounts)
     workers = check_executor(executor)
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
@@ -146,30 +147,9 @@ def prune(
         return _run(model, plan, calibration, held, out_dir, resume, workers, progress, seed)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be done, resolved and checked."""
-
-    method: Method
-    schedule: str
-    graph: LayerGraph
-    waves: list[list[str]]
-    amount: str
-    values: dict[str, float | Pattern]
-
-    @staticmethod
-    def make(
-        model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, amounts: dict[str, Any]
-    ) -> _Plan:
-        chosen = make_method(method)
-        graph = trace(model, layers, ignore)
-        kind, values = resolve_amount(graph, chosen, amounts)
-        return _Plan(chosen, schedule, graph, waves(graph, schedule), kind, values)
-
-
 def _run(
     model: nn.Module,
-    plan: _Plan,
+    plan: Plan,
     calibration: list[Batch],
     held: list[Batch] | None,
     out_dir: str | Path | None,
@@ -187,7 +167,8 @@ def _run(
         clean_held = record(dense, held, plan.graph.names, progress=progress)
         held_samples = _samples("held-out", held, clean_held[plan.graph.names[0]].inputs)
 
-    settings = describe_run(model, plan.method, plan.schedule, plan.amount, plan.values, plan.graph, seed)
+    plan = plan.settle(dense, calibration, started_run(out_dir) if resume and out_dir else None, seed, progress)
+    settings = describe_run(model, plan, seed)
     store = None
     found: dict[str, LayerEvidence] = {}
     if out_dir is not None:
@@ -225,7 +206,7 @@ def _run(
 
 
 def _prune_waves(
-    plan: _Plan,
+    plan: Plan,
     dense: nn.Module,
     pruned: nn.Module,
     calibration: list[Batch],
@@ -273,7 +254,7 @@ def _prune_waves(
 
 
 def _task(
-    plan: _Plan, dense: nn.Module, pruned: nn.Module, name: str, inputs: Tensor, outputs: Tensor, first: bool
+    plan: Plan, dense: nn.Module, pruned: nn.Module, name: str, inputs: Tensor, outputs: Tensor, first: bool
 ) -> LayerTask:
     spec = plan.graph.layer(name)
     weight, bias = layer_arrays(dense, name)
@@ -289,6 +270,7 @@ def _task(
         amount=plan.amount,
         value=plan.values[name],
         dtype=layer_arrays(pruned, name)[0].dtype,
+        importance=None if name == plan.graph.names[-1] else plan.metrics.get(name),
     )
 
 
@@ -319,7 +301,7 @@ def _left_dense(model: nn.Module, spec: LayerSpec) -> LayerEvidence:
 
 
 def _ladder(
-    plan: _Plan,
+    plan: Plan,
     dense: nn.Module,
     evidence: list[LayerEvidence],
     calibration: list[Batch],

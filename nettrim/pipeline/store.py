@@ -26,12 +26,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from nettrim.errors import RunError
-from nettrim.methods import Method
 from nettrim.methods.masks import Pattern
-from nettrim.network.trace import LayerGraph
 from nettrim.pipeline.ledger import LayerEvidence, Ledger
+from nettrim.pipeline.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 _VERSIONED = ("nettrim", "torch", "numpy", "safetensors")
 
 
@@ -53,25 +52,24 @@ class Samples:
     labels: Tensor | None
 
 
-def describe_run(
-    model: nn.Module,
-    method: Method,
-    schedule: str,
-    amount: str,
-    values: dict[str, float | Pattern],
-    graph: LayerGraph,
-    seed: int,
-) -> dict[str, Any]:
+def describe_run(model: nn.Module, plan: Plan, seed: int) -> dict[str, Any]:
     """Return the settings of a run as JSON values: what was asked for, on what, and where."""
     return {
         "schema": SCHEMA,
-        "method": method.name,
-        "method_settings": repr(method),
-        "schedule": schedule,
-        "amount": {amount: {k: str(v) if isinstance(v, Pattern) else v for k, v in values.items()}},
-        "chain": [asdict(layer) for layer in graph.layers],
+        "method": plan.method.name,
+        "method_settings": repr(plan.method),
+        "schedule": plan.schedule,
+        "amount": {plan.amount: {k: str(v) if isinstance(v, Pattern) else v for k, v in plan.values.items()}},
+        "overall": plan.overall and str(plan.overall),
+        "chain": [asdict(layer) for layer in plan.graph.layers],
         "seed": seed,
         "model": digest_tensors(dict(model.state_dict())),
+    } | describe_place()
+
+
+def describe_place() -> dict[str, Any]:
+    """Return where this runs, as JSON values: versions, host, commit."""
+    return {
         "versions": {name: _version(name) for name in _VERSIONED},
         "host": {
             "machine": platform.machine(),
@@ -85,7 +83,7 @@ def describe_run(
 
 
 #: what must be the same for a run to be gone on with
-_IDENTITY = ("schema", "method", "method_settings", "schedule", "amount", "chain", "seed", "model")
+_IDENTITY = ("schema", "method", "method_settings", "schedule", "amount", "overall", "chain", "seed", "model")
 
 
 class RunStore:
@@ -215,6 +213,18 @@ def require_free(directory: str | Path) -> None:
     """
     if not _is_free(Path(directory)):
         raise RunError(f"{directory} already holds something: choose another directory, or resume the run in it.")
+
+
+def started_run(directory: str | Path) -> dict[str, Any] | None:
+    """Return the settings of the run in a directory, or None where none was started.
+
+    Raises
+    ------
+    RunError
+        They cannot be read.
+    """
+    path = Path(directory) / "run.json"
+    return read_json(path) if path.is_file() else None
 
 
 def _is_free(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettrim.core.solution import LayerSolution
+from nettrim.core.solution import LayerSolution, Status
 from nettrim.pipeline.ledger import Ledger
 
 
@@ -71,7 +71,8 @@ def ledger_table(ledger: Ledger) -> str:
         f"accuracy, {split}: {100 * a['dense']:.2f} % dense, {100 * a['pruned']:.2f} % pruned"
         for split, a in ledger.accuracy.items()
     ]
-    missed = [f"{r.name} ({r.facts['status']})" for r in ledger.records if r.facts.get("status", "SOLVED") != "SOLVED"]
+    ended = {r.name: Status[r.facts.get("status", "SOLVED")] for r in ledger.records}
+    missed = [f"{name} ({status.name})" for name, status in ended.items() if not status.accepted]
     if missed:
         lines.append(f"NOT certified within the tolerance: {', '.join(missed)}")
     sizes = {kind: sum(r.bytes[kind] for r in ledger.records) for kind in ("dense", "csr", "bitmask")}

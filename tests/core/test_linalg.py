@@ -1,11 +1,11 @@
-"""Gram matrices do not depend on how they were accumulated; one damping policy, and it is reported."""
+"""Gram matrices do not depend on how they were accumulated; one damping policy, and it is reported; masked CG."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from nettrim.core.linalg import RidgeInverse, damped_inverse, gram
+from nettrim.core.linalg import RidgeInverse, damped_inverse, gram, masked_cg, second_moment
 from nettrim.errors import ProblemError
 
 
@@ -99,3 +99,131 @@ def test_ridge_inverse_works_in_the_dtype_of_the_inputs(shape):
 def test_mean_diagonal_is_of_the_gram_of_columns(shape):
     x = draw(*shape)
     assert RidgeInverse(x).mean_diagonal == pytest.approx(float((x.T @ x).diagonal().mean()))
+
+
+def test_second_moment_counts_the_rows_itself():
+    x = draw(50, 6)
+    torch.testing.assert_close(second_moment(x), x.T @ x / 50, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(second_moment(x.repeat(7, 1)), second_moment(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_second_moment_refuses_what_is_not_finite(value):
+    x = draw(50, 6)
+    x[3, 2] = value
+    with pytest.raises(ProblemError, match="Gram matrix of 6 inputs is not finite"):
+        second_moment(x)
+
+
+def masked_system(neurons: int = 5, columns: int = 12, rows: int = 40, seed: int = 0):
+    """Inputs of very different size, and a support of its own for every neuron; the last has none."""
+    x = draw(rows, columns, seed=seed) * torch.logspace(-2, 2, columns, dtype=torch.float64)
+    y = draw(rows, neurons, seed=seed + 1)
+    mask = draw(neurons, columns, seed=seed + 2) > 0
+    mask[-1] = False
+    return x.T @ x, x.T @ y, mask
+
+
+def dense_solve(matrix, cross, mask):
+    weight = torch.zeros(mask.shape, dtype=torch.float64)
+    for m, row in enumerate(mask):
+        support = row.nonzero()[:, 0]
+        if len(support):
+            weight[m, support] = torch.linalg.solve(matrix[support][:, support], cross[support, m])
+    return weight
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("warm", [False, True])
+def test_masked_cg_is_the_dense_solve_on_every_support(seed, warm):
+    matrix, cross, mask = masked_system(seed=seed)
+    start = draw(*mask.shape, seed=9) if warm else None
+    weight, iterations, residual = masked_cg(matrix, cross, mask, start, tol=1e-12)
+    torch.testing.assert_close(weight, dense_solve(matrix, cross, mask), rtol=1e-8, atol=1e-11)
+    assert bool((weight[~mask] == 0).all())
+    assert 0 < iterations <= 60
+    assert residual <= 1e-11
+
+
+def test_masked_cg_stops_by_the_masked_residual_and_says_what_it_is():
+    matrix, cross, mask = masked_system(columns=60, rows=200)
+    counts = []
+    for tol in (1e-2, 1e-5, 1e-10):
+        weight, iterations, residual = masked_cg(matrix, cross, mask, tol=tol)
+        left = (cross.T - weight @ matrix).where(mask, 0.0).norm(dim=1)
+        size = cross.T.where(mask, 0.0).norm(dim=1)
+        assert residual == pytest.approx(float((left / size)[:-1].max()))
+        assert residual <= tol * (1 + 1e-6)
+        counts.append(iterations)
+        # off the support the residual is large at the very solution
+        assert float((cross.T - weight @ matrix)[:-1].norm()) > 0.1 * float(cross.norm())
+    assert 0 < counts[0] < counts[1] < counts[2] < 100
+
+
+def test_masked_cg_starts_at_the_solution_and_stays():
+    matrix, cross, mask = masked_system()
+    solution = dense_solve(matrix, cross, mask)
+    weight, iterations, _ = masked_cg(matrix, cross, mask, solution + (~mask) * 7.0, tol=1e-9)
+    assert iterations == 0
+    assert torch.equal(weight, solution)
+
+
+def test_masked_cg_without_iterations_returns_the_start_and_its_residual():
+    matrix, cross, mask = masked_system()
+    weight, iterations, residual = masked_cg(matrix, cross, mask, max_iter=0)
+    assert (iterations, residual) == (0, 1.0)
+    assert not bool(weight.any())
+
+
+def test_masked_cg_preconditions_by_the_diagonal():
+    """A diagonal matrix of any condition takes one step."""
+    matrix = torch.diag(torch.logspace(-8, 8, 12, dtype=torch.float64))
+    mask = draw(4, 12) > 0
+    weight, iterations, _ = masked_cg(matrix, draw(12, 4, seed=1), mask, tol=1e-12)
+    assert iterations == 1
+    torch.testing.assert_close(weight, dense_solve(matrix, draw(12, 4, seed=1), mask), rtol=1e-10, atol=0)
+
+
+def test_masked_cg_of_zero_targets_is_zero_wherever_it_starts():
+    matrix, cross, mask = masked_system()
+    cross[:, 1] = 0
+    weight, _, residual = masked_cg(matrix, cross, mask, draw(*mask.shape), tol=1e-12)
+    assert not bool(weight[1].any())
+    assert residual <= 1e-11
+
+
+def test_masked_cg_fits_singular_systems_that_have_a_solution():
+    x = draw(40, 6)
+    x = torch.cat([x, x[:, :2], torch.zeros(40, 1, dtype=torch.float64)], dim=1)
+    y = draw(40, 3, seed=1)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    weight, iterations, residual = masked_cg(x.T @ x, x.T @ y, mask, tol=1e-10)
+    assert residual <= 1e-9
+    assert iterations < 50
+    best = (x[:, :6] @ torch.linalg.lstsq(x[:, :6], y).solution - y).norm()
+    assert float((x @ weight.T - y).norm()) == pytest.approx(float(best), rel=1e-9)
+
+
+def test_masked_cg_ends_and_says_so_where_there_is_no_solution():
+    matrix = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    cross = torch.ones(2, 1, dtype=torch.float64)
+    _, iterations, residual = masked_cg(matrix, cross, torch.ones(1, 2, dtype=torch.bool))
+    assert iterations < 1000
+    assert residual > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g, c, m: (g[:3], c, m, None), "do not match"),
+        (lambda g, c, m: (g, c.T, m, None), "do not match"),
+        (lambda g, c, m: (g, c, m, torch.zeros(1, 12, dtype=torch.float64)), r"start \(1, 12\) does not match"),
+        (lambda g, c, m: (g * torch.nan, c, m, None), "not finite"),
+        (lambda g, c, m: (g, c + torch.inf, m, None), "not finite"),
+        (lambda g, c, m: (g, c, m, torch.full((5, 12), torch.nan, dtype=torch.float64)), "not finite"),
+        (lambda g, c, m: (g - 2 * torch.diag(g.diagonal()), c, m, None), "not positive semi-definite"),
+    ],
+)
+def test_masked_cg_refuses(change, message):
+    with pytest.raises(ProblemError, match=message):
+        masked_cg(*change(*masked_system()))

@@ -154,7 +154,7 @@ REFUSALS = {
     "epsilon negative": ({"epsilon": -1.0}, ProblemError, "epsilon=-1"),
     "epsilon nan": ({"epsilon": float("nan")}, ProblemError, "epsilon=nan"),
     "sparsity one": ({"method": "magnitude", "sparsity": 1.0}, ProblemError, "fraction of zeros"),
-    "wrong amount": ({"sparsity": 0.5}, UnsupportedError, "net-trim' takes epsilon or lam"),
+    "wrong amount": ({"epsilon": 0.5, "method": "magnitude"}, UnsupportedError, "magnitude' takes sparsity or kept"),
     "method": ({"epsilon": 0.1, "method": "net-trm"}, UnknownNameError, "net-trim, l-obs, magnitude"),
     "schedule": ({"epsilon": 0.1, "schedule": "both"}, UnknownNameError, "parallel or cascade"),
     "layer": ({"epsilon": 0.1, "layers": ["fc9"]}, UnknownNameError, "fc9"),

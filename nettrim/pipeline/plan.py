@@ -1,0 +1,135 @@
+"""What is to be done to a network, resolved and checked before any work: method, layers, waves, amounts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from nettrim.errors import ProblemError, UnsupportedError
+from nettrim.methods import AMOUNTS, Method, make_method
+from nettrim.methods.base import COUNTS, LooksAhead
+from nettrim.methods.masks import Pattern, kept_count
+from nettrim.network.calibrate import Batch
+from nettrim.network.trace import LayerGraph, trace
+from nettrim.pipeline.budget import Overall, allocate
+from nettrim.pipeline.schedule import resolve_amount, waves
+from nettrim.pipeline.scout import Scout
+
+_ROWS = 5000  # samples of a look ahead: a split or a sensitivity is known well enough from these
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One pruning run.
+
+    Attributes
+    ----------
+    method : Method
+    schedule : str
+    graph : LayerGraph
+    waves : list of list of str
+    amount : str
+        Of `nettrim.methods.AMOUNTS`.
+    values : dict of str to float or Pattern
+        For every layer; empty until `settle` where only the whole network's sparsity was said.
+    overall : Overall or None
+    metrics : dict of str to Tensor (M, M)
+        What the network makes of each layer's errors, for methods that look ahead; known after `settle`.
+    """
+
+    method: Method
+    schedule: str
+    graph: LayerGraph
+    waves: list[list[str]]
+    amount: str
+    values: Mapping[str, float | Pattern]
+    overall: Overall | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def make(
+        model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, amounts: dict[str, Any]
+    ) -> Plan:
+        """Resolve what the user said.
+
+        Raises
+        ------
+        ProblemError, UnsupportedError, UnknownNameError
+            As `nettrim.prune`.
+        """
+        chosen = make_method(method)
+        graph = trace(model, layers, ignore)
+        order = waves(graph, schedule)
+        overall = amounts.get("sparsity")
+        if not isinstance(overall, Overall):
+            kind, values = resolve_amount(graph, chosen, amounts)
+            return Plan(chosen, schedule, graph, order, kind, values)
+        others = [kind for kind in AMOUNTS if kind != "sparsity" and amounts.get(kind) is not None]
+        if others:
+            raise ProblemError(f"give exactly one amount: sparsity={overall} and {', '.join(others)} were given.")
+        if "kept" not in chosen.amounts:
+            raise UnsupportedError(
+                f"method {chosen.name!r} takes {' or '.join(chosen.amounts)}, and sparsity={overall} was given."
+            )
+        total = overall.kept(sum(layer.in_features * layer.out_features for layer in graph.selected))
+        if total < len(graph.selected):
+            raise ProblemError(f"{overall} leaves {total} weights for {len(graph.selected)} layers: lower it.")
+        return Plan(chosen, schedule, graph, order, "kept", {}, overall)
+
+    def settle(
+        self,
+        dense: nn.Module,
+        calibration: Sequence[Batch],
+        started: Mapping[str, Any] | None,
+        seed: int,
+        progress: bool,
+    ) -> Plan:
+        """Return the plan with what only the data can tell: the split over the layers, and the errors' metrics.
+
+        Parameters
+        ----------
+        dense : nn.Module
+            In float64.
+        calibration : sequence of Batch
+        started : mapping or None
+            Settings of a run to go on with: a split that it found for the same wish is taken over.
+        seed : int
+        progress : bool
+        """
+        ahead = isinstance(self.method, LooksAhead) and self.method.looks_ahead(self.amount)
+        if not self.overall and not ahead:
+            return self
+        scout = Scout.of(dense, self.graph, calibration, _ROWS, seed)
+        plan = self
+        if self.overall:
+            sizes = [layer.in_features * layer.out_features for layer in self.graph.selected]
+            if started is not None and started.get("overall") == str(self.overall):
+                values = started["amount"]["kept"]
+            else:
+                values = allocate(scout, self.overall.kept(sum(sizes)), progress=progress)
+            plan = replace(plan, values=values)
+        if ahead and len(self.graph.layers) > 1:
+            plan = replace(plan, metrics=scout.look_ahead(plan.counts()))
+        return plan
+
+    def counts(self) -> dict[str, int]:
+        """Return how many weights each layer keeps.
+
+        Raises
+        ------
+        ProblemError
+            The amount says no count.
+        """
+        if self.amount not in (*COUNTS, "pattern"):
+            raise ProblemError(f"{self.amount} says no number of weights: give sparsity or kept.")
+        kept = {}
+        for layer in self.graph.selected:
+            value, numel = self.values[layer.name], layer.in_features * layer.out_features
+            if isinstance(value, Pattern):
+                kept[layer.name] = value.count(numel)
+            else:
+                kept[layer.name] = int(value) if self.amount == "kept" else kept_count(numel, value)
+        return kept
