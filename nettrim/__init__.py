@@ -4,6 +4,7 @@ from nettrim.core.certificate import Certificate, certify
 from nettrim.core.problem import LayerProblem
 from nettrim.core.refine import Evidence, Refined, refine
 from nettrim.core.solution import LayerSolution, SolveStats, Status
+from nettrim.core.solve import solve_layer, solve_path
 from nettrim.core.solvers import (
     SOLVERS,
     Admm,
@@ -12,8 +13,6 @@ from nettrim.core.solvers import (
     Osqp,
     Radius,
     Scs,
-    solve_layer,
-    solve_path,
     solve_problem,
 )
 from nettrim.errors import (

@@ -16,6 +16,20 @@ from nettrim.errors import ProblemError
 _ENTRIES = 2**24  # float64 entries of the blocks (B, S, S) that are factorised at a time: 128 MiB
 
 
+def kept_count(numel: int, sparsity: float) -> int:
+    """Return how many of `numel` weights a sparsity keeps: ``numel − ⌊numel · sparsity⌋``.
+
+    Raises
+    ------
+    ProblemError
+        `sparsity`, the fraction of zeros, is not in [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise ProblemError(f"sparsity={sparsity:g} is out of range: it is the fraction of zeros, in [0, 1).")
+    # the smallest excess of a product such as 100 · 0.29 over its integer would cost one weight
+    return numel - int(numel * sparsity + 1e-9)
+
+
 def refit_linear(gram: Tensor, cross: Tensor, mask: Tensor) -> Tensor:
     """Return the weight on a support that fits linear targets best.
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError
-from nettrim.methods.masks import Pattern, kept_count
+from nettrim.methods.masks import Pattern
 
 #: what a user may say of how much goes; exactly one. "pattern" is N:M, said in place of a sparsity
 AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nettrim.core.problem import check_number
+from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError
-from nettrim.methods.masks import kept_count
 from nettrim.network.edit import layer_arrays
 from nettrim.pipeline.scout import Scout
 

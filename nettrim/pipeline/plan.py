@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods import AMOUNTS, Method, make_method
 from nettrim.methods.base import COUNTS, LooksAhead
-from nettrim.methods.masks import Pattern, kept_count
+from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch
 from nettrim.network.trace import LayerGraph, trace
 from nettrim.pipeline.budget import Overall, allocate

@@ -14,14 +14,13 @@ from oracle import array, assert_certified, numbers
 from nettrim.core.cases import CASES, KINDS, dense_weight, random_layer
 from nettrim.core.problem import LayerProblem
 from nettrim.core.solution import LayerSolution, Status
+from nettrim.core.solve import solve_layer, solve_path
 from nettrim.core.solvers import (
     SOLVERS,
     Admm,
     Osqp,
     Start,
     make_solver,
-    solve_layer,
-    solve_path,
     solve_problem,
 )
 from nettrim.errors import ProblemError, SolverError, UnknownNameError, UnsupportedError

@@ -11,7 +11,8 @@ import torch
 
 import nettrim
 from nettrim.core.problem import LayerProblem, build_problem, check_seed
-from nettrim.core.solvers import Admm, make_solver, solve_layer, solve_path
+from nettrim.core.solve import solve_layer, solve_path
+from nettrim.core.solvers import Admm, make_solver
 from nettrim.errors import NetTrimError, ProblemError, SolverError
 from nettrim.methods import NetTrim, make_method
 

@@ -8,7 +8,8 @@ import torch
 from nettrim.core.certificate import measure_fit
 from nettrim.core.problem import LayerProblem, build_problem
 from nettrim.core.solution import Status
-from nettrim.core.solvers import Admm, Osqp, Radius, Start, solve_path, solve_problem
+from nettrim.core.solve import solve_path
+from nettrim.core.solvers import Admm, Osqp, Radius, Start, solve_problem
 from nettrim.core.solvers.base import Limits, RawAnswer
 from nettrim.core.solvers.radius import hair, join_neurons, one_neuron, zero_answer
 from nettrim.errors import ProblemError

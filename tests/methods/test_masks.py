@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError
 from nettrim.methods.masks import (
     Pattern,
@@ -14,7 +15,6 @@ from nettrim.methods.masks import (
     keep_largest,
     keep_pattern,
     keep_rows,
-    kept_count,
     share_out,
 )
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from nettrim.core.certificate import certificate_of, feasible_multipliers, measure_fit
-from nettrim.core.problem import LayerProblem, build_problem, check_amount
+from nettrim.core.problem import LayerProblem, check_amount
 from nettrim.core.solution import FEASIBLE, LayerSolution, SolveStats, Status, judge
 from nettrim.core.solvers.admm import Admm
 from nettrim.core.solvers.auto import Auto
@@ -116,10 +111,10 @@ def solve_problem(
         The solver does not take such a problem; the text says what does.
     """
     check_limits(tol, max_seconds, on_failure)
-    return _solve(problem, make_solver(solver), float(tol), max_seconds, on_failure, start, round_to)[0]
+    return solve_from(problem, make_solver(solver), float(tol), max_seconds, on_failure, start, round_to)[0]
 
 
-def _solve(
+def solve_from(
     problem: LayerProblem,
     chosen: Solver,
     tol: float,
@@ -182,147 +177,6 @@ def _beyond_reach(problem: LayerProblem) -> bool:
     return bool((distance > torch.as_tensor(problem.radius, dtype=torch.float64) * (1 + FEASIBLE)).any())
 
 
-def solve_layer(
-    inputs: Any,
-    targets: Any,
-    *,
-    epsilon: float | None = None,
-    radius: float | Tensor | None = None,
-    lam: float | None = None,
-    form: str = "ball",
-    ceiling: Any = None,
-    penalty: Any = None,
-    per_neuron: bool = False,
-    solver: str | Solver = "auto",
-    tol: float = 1e-3,
-    max_seconds: float | None = None,
-    on_failure: str = "raise",
-) -> LayerSolution:
-    """Find the weight of smallest ``ℓ1`` norm that reproduces a layer, with the evidence.
-
-    Parameters
-    ----------
-    inputs : Tensor or ndarray (P, N)
-        float32 or float64, one sample a row. Append a column of ones to fit a bias.
-    targets : Tensor or ndarray (P, M)
-        The dense layer's outputs: after the ReLU for ``ball`` and ``halfspace``, raw for ``linear``.
-    epsilon : float > 0
-        Relative radius ``r / ‖Y‖_F``. Exactly one of `epsilon`, `radius`, `lam`.
-    radius : float > 0, or Tensor, ndarray or list (M,)
-        Absolute radius, in the units of `targets`.
-    lam : float > 0
-        ``λ`` of the regularised twin ``min Σ c|U| + (λ/2) dist²``.
-    form, ceiling, penalty
-        As in `LayerProblem`.
-    per_neuron : bool
-        One ball per output neuron instead of a joint one; `epsilon` is then relative to each neuron's targets.
-    solver, tol, max_seconds, on_failure
-        As in `solve_problem`.
-
-    Returns
-    -------
-    LayerSolution
-        `weight (M, N)` is of the kind (torch or NumPy) and dtype of `inputs`, `multipliers (P, M)` is float64.
-
-    Raises
-    ------
-    ProblemError, UnsupportedError, UnknownNameError
-        Before any work.
-    SolverError
-        The answer is not certified (`on_failure="raise"`).
-
-    Examples
-    --------
-    >>> import torch, nettrim
-    >>> x = torch.eye(3, dtype=torch.float64)
-    >>> solution = nettrim.solve_layer(x, torch.tensor([[3.0], [4.0], [0.0]], dtype=torch.float64), epsilon=0.2)
-    >>> solution.status.name, round(float(solution.certificate.objective), 2)
-    ('SOLVED', 5.59)
-    """
-    problem = build_problem(
-        inputs,
-        targets,
-        epsilon=epsilon,
-        radius=radius,
-        lam=lam,
-        form=form,
-        ceiling=ceiling,
-        penalty=penalty,
-        per_neuron=per_neuron,
-    )
-    with _failing_as_given(inputs):
-        solution = solve_problem(problem, solver, tol=tol, max_seconds=max_seconds, on_failure=on_failure)
-    return _as_given(solution, inputs)
-
-
-def solve_path(
-    inputs: Any,
-    targets: Any,
-    epsilons: Iterable[float],
-    *,
-    form: str = "ball",
-    ceiling: Any = None,
-    penalty: Any = None,
-    per_neuron: bool = False,
-    solver: str | Solver = "auto",
-    tol: float = 1e-3,
-    max_seconds: float | None = None,
-    on_failure: str = "raise",
-) -> list[LayerSolution]:
-    """Solve for several relative radii, from sparse (largest) to dense, each from the one before.
-
-    Parameters are those of `solve_layer`; `max_seconds` is for each radius. `epsilons` is any iterable of numbers, and
-    the solutions come back in its order.
-    """
-    radii, chosen = _relative_radii(epsilons), make_solver(solver)
-    check_limits(tol, max_seconds, on_failure)
-    order = sorted(range(len(radii)), key=lambda i: -radii[i])
-    found: dict[int, LayerSolution] = {}
-    base = build_problem(
-        inputs, targets, epsilon=1.0, form=form, ceiling=ceiling, penalty=penalty, per_neuron=per_neuron
-    )
-    assert base.radius is not None
-    start: Start | None = None
-    for i in order:
-        problem = base.with_radius(base.radius * radii[i])
-        with _failing_as_given(inputs):
-            solution, carry = _solve(problem, chosen, float(tol), max_seconds, on_failure, start, None)
-        if bool(solution.multipliers.any()):
-            start = Start(solution.weight, solution.multipliers, carry)
-        found[i] = _as_given(solution, inputs)
-    return [found[i] for i in range(len(radii))]
-
-
-def _relative_radii(epsilons: Any) -> list[float]:
-    """Read the radii of a path, once: a generator has no second reading."""
-    try:
-        iterator = iter(epsilons)
-    except TypeError as error:
-        raise ProblemError(f"epsilons={epsilons!r} is no list: pass several numbers, as in [0.1, 0.2].") from error
-    radii = [check_amount("epsilons", epsilon) for epsilon in iterator]
-    if not radii:
-        raise ProblemError("epsilons is empty: give at least one relative radius.")
-    return radii
-
-
-@contextmanager
-def _failing_as_given(inputs: Any) -> Iterator[None]:
-    """Hand the solution of a `SolverError` over in the kind of array that a returned one has."""
-    try:
-        yield
-    except SolverError as error:
-        if isinstance(error.solution, LayerSolution):
-            error.solution = _as_given(error.solution, inputs)
-        raise
-
-
-def _as_given(solution: LayerSolution, inputs: Any) -> LayerSolution:
-    """Return the solution with NumPy arrays where the user came with NumPy arrays."""
-    if not isinstance(inputs, np.ndarray):
-        return solution
-    return replace(solution, weight=solution.weight.cpu().numpy(), multipliers=solution.multipliers.cpu().numpy())
-
-
 __all__ = [
     "SOLVERS",
     "Admm",
@@ -336,7 +190,6 @@ __all__ = [
     "Start",
     "check_limits",
     "make_solver",
-    "solve_layer",
-    "solve_path",
+    "solve_from",
     "solve_problem",
 ]
