@@ -25,7 +25,7 @@ from nettrim.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Pattern, SparseGpt, Wanda
+from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, Pattern, SparseGpt, Wanda, tolerance_curve
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import PruneResult, prune
@@ -52,6 +52,7 @@ __all__ = [
     "NetTrim",
     "NetTrimError",
     "Newton",
+    "Obs",
     "Osqp",
     "Overall",
     "Pattern",
@@ -76,5 +77,6 @@ __all__ = [
     "solve_layer",
     "solve_path",
     "solve_problem",
+    "tolerance_curve",
     "verify",
 ]

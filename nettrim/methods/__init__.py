@@ -7,10 +7,11 @@ from collections.abc import Callable
 from nettrim.errors import ProblemError, UnknownNameError
 from nettrim.methods.alps import Alps
 from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
+from nettrim.methods.exact_obs import Obs, Trace
 from nettrim.methods.magnitude import Magnitude
 from nettrim.methods.masks import Pattern
 from nettrim.methods.net_trim import NetTrim
-from nettrim.methods.obs import LObs
+from nettrim.methods.obs import LObs, Ranking, ToleranceCurve, tolerance_curve
 from nettrim.methods.sparsegpt import SparseGpt
 from nettrim.methods.wanda import Wanda
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "net-trim": NetTrim,
     "l-obs": LObs,
     "magnitude": Magnitude,
+    "obs": Obs,
     "wanda": Wanda,
     "sparsegpt": SparseGpt,
     "alps": Alps,
@@ -59,8 +61,13 @@ __all__ = [
     "Magnitude",
     "Method",
     "NetTrim",
+    "Obs",
     "Pattern",
+    "Ranking",
     "SparseGpt",
+    "ToleranceCurve",
+    "Trace",
     "Wanda",
     "make_method",
+    "tolerance_curve",
 ]

@@ -142,6 +142,10 @@ class Ledger:
         ``‖ŷ − y‖_F / ‖y‖_F`` on the held-out samples.
     accuracy : dict
         Split to {"dense", "pruned"}, where there are labels.
+    finish : dict or None
+        How the network was trained on after pruning; None for one that is merely pruned.
+    before : Ledger or None
+        Of the merely pruned network, where it was trained on: certificates are of its weights.
     """
 
     method: str
@@ -153,6 +157,8 @@ class Ledger:
     output_norm: float
     held_out: float | None
     accuracy: dict[str, dict[str, float]]
+    finish: dict[str, Any] | None = None
+    before: Ledger | None = None
 
     @property
     def kept(self) -> int:
@@ -178,6 +184,8 @@ def build_ledger(
     ladder: list[Tensor],
     labels: Tensor | None = None,
     held_out: tuple[Activations, Activations, Tensor | None] | None = None,
+    finish: dict[str, Any] | None = None,
+    before: Ledger | None = None,
 ) -> Ledger:
     """Make the ledger from evidence.
 
@@ -194,6 +202,10 @@ def build_ledger(
         Of the calibration samples.
     held_out : (Activations, Activations, Tensor or None), optional
         Of both networks on the held-out samples, and their labels.
+    finish : dict, optional
+        How the network was trained on.
+    before : Ledger, optional
+        Of the merely pruned network.
     """
     measures = [_measure(layer, i, dense, pruned) for i, layer in enumerate(layers)]
     bounds = layer_bounds([_link(layer, m) for layer, m in zip(layers, measures, strict=True)], schedule)
@@ -224,10 +236,12 @@ def build_ledger(
         held_out=relative[-1],
         accuracy={
             split: {"dense": accuracy(y, lab), "pruned": accuracy(y_hat, lab)}
-            for split, (before, after, lab) in splits.items()
+            for split, (first, after, lab) in splits.items()
             if lab is not None
-            for y, y_hat in [(_act(layers[-1], before.outputs[-1]), _act(layers[-1], after.outputs[-1]))]
+            for y, y_hat in [(_act(layers[-1], first.outputs[-1]), _act(layers[-1], after.outputs[-1]))]
         },
+        finish=finish,
+        before=before,
     )
 
 

@@ -19,9 +19,10 @@ from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch, Recorded, read_batches, record
 from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
 from nettrim.network.trace import LayerGraph, LayerSpec
+from nettrim.pipeline.account import Account
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.execute import check_executor, run_all
-from nettrim.pipeline.ledger import Activations, LayerEvidence, Ledger, build_ledger
+from nettrim.pipeline.ledger import LayerEvidence, Ledger
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free, started_run
 
@@ -158,16 +159,10 @@ def _run(
     progress: bool,
     seed: int,
 ) -> PruneResult:
-    dense = double_copy(model)
-    clean = record(dense, calibration, plan.graph.names, progress=progress)
-    _require_chain(plan.graph, clean)
-    samples = _samples("calibration", calibration, clean[plan.graph.names[0]].inputs)
-    clean_held, held_samples = None, None
-    if held is not None:
-        clean_held = record(dense, held, plan.graph.names, progress=progress)
-        held_samples = _samples("held-out", held, clean_held[plan.graph.names[0]].inputs)
-
-    plan = plan.settle(dense, calibration, started_run(out_dir) if resume and out_dir else None, seed, progress)
+    account = Account.of(model, plan.graph, calibration, held, progress)
+    _require_chain(plan.graph, account.clean)
+    samples, held_samples = account.samples, account.held_samples
+    plan = plan.settle(account.dense, calibration, started_run(out_dir) if resume and out_dir else None, seed, progress)
     settings = describe_run(model, plan, seed)
     store = None
     found: dict[str, LayerEvidence] = {}
@@ -178,45 +173,25 @@ def _run(
             store = RunStore.create(out_dir, settings, samples, held_samples)
 
     pruned = frozen_copy(model)
-    evidence = _prune_waves(plan, dense, pruned, calibration, clean, store, found, workers, progress)
-
-    after = record(double_copy(pruned), calibration, plan.graph.names)
-    held_activations = None
-    if held is not None and clean_held is not None and held_samples is not None:
-        after_held = record(double_copy(pruned), held, plan.graph.names)
-        held_activations = (
-            _activations("held-out", clean_held),
-            _activations("held-out", after_held),
-            held_samples.labels,
-        )
-    ledger = build_ledger(
-        plan.method.name,
-        plan.schedule,
-        evidence,
-        _activations("calibration", clean),
-        _activations("calibration", after),
-        _ladder(plan, dense, evidence, calibration, clean, after),
-        samples.labels,
-        held_activations,
-    )
-    masks = {layer.name: layer.weight != 0 for layer in evidence if layer.pruned}
+    evidence = _prune_waves(plan, account, pruned, store, found, workers, progress)
+    ledger = account.ledger(plan.method.name, plan.schedule, pruned, evidence)
     if store is not None:
         store.finish(pruned, evidence, ledger)
+    masks = {layer.name: layer.weight != 0 for layer in evidence if layer.pruned}
     return PruneResult(pruned, ledger, masks, settings, evidence, samples, held_samples)
 
 
 def _prune_waves(
     plan: Plan,
-    dense: nn.Module,
+    account: Account,
     pruned: nn.Module,
-    calibration: list[Batch],
-    clean: dict[str, Recorded],
     store: RunStore | None,
     found: dict[str, LayerEvidence],
     workers: int,
     progress: bool,
 ) -> list[LayerEvidence]:
     """Prune wave after wave, writing each layer into `pruned`; return the evidence of all layers in execution order."""
+    clean = account.clean
     evidence: dict[str, LayerEvidence] = {}
     bar = tqdm(
         total=len(plan.graph.selected),
@@ -234,8 +209,8 @@ def _prune_waves(
             else:
                 inputs = clean[name].inputs
                 if evidence and plan.schedule == "cascade":
-                    inputs = record(double_copy(pruned), calibration, [name])[name].inputs
-                tasks.append(_task(plan, dense, pruned, name, inputs, clean[name].outputs, not evidence))
+                    inputs = record(double_copy(pruned), account.calibration, [name])[name].inputs
+                tasks.append(_task(plan, account.dense, pruned, name, inputs, clean[name].outputs, not evidence))
         bar.set_postfix_str(", ".join(task.name for task in tasks))
         for task, result in zip(tasks, run_all(plan.method.prune_layer, tasks, workers), strict=True):
             evidence[task.name] = _evidence(task, result)
@@ -298,41 +273,6 @@ def _evidence(task: LayerTask, result: LayerResult) -> LayerEvidence:
 def _left_dense(model: nn.Module, spec: LayerSpec) -> LayerEvidence:
     weight, bias = layer_arrays(model, spec.name)
     return LayerEvidence(spec.name, spec.relu, False, False, weight, bias, weight, bias)
-
-
-def _ladder(
-    plan: Plan,
-    dense: nn.Module,
-    evidence: list[LayerEvidence],
-    calibration: list[Batch],
-    clean: dict[str, Recorded],
-    after: dict[str, Recorded],
-) -> list[Tensor]:
-    """Return the output with 0, 1, … of the pruned layers in place; first and last are known already."""
-    last = plan.graph.names[-1]
-    rungs = [clean[last].outputs]
-    step = double_copy(dense)
-    pruned = [layer for layer in evidence if layer.pruned]
-    for layer in pruned[:-1]:
-        write_layer(step, layer.name, layer.weight, layer.bias)
-        rungs.append(record(step, calibration, [last])[last].outputs)
-    rungs.append(after[last].outputs)
-    if plan.graph.layers[-1].relu:
-        rungs = [rung.clamp(min=0) for rung in rungs]
-    return rungs
-
-
-def _activations(split: str, recorded: dict[str, Recorded]) -> Activations:
-    return Activations(split, [r.inputs for r in recorded.values()], [r.outputs for r in recorded.values()])
-
-
-def _samples(name: str, batches: list[Batch], rows: Tensor) -> Samples:
-    labels = None
-    if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
-        if labels.dim() != 1 or labels.shape[0] != rows.shape[0] or labels.is_floating_point():
-            labels = None  # not class indices of the rows: accuracy has no meaning
-    return Samples(name, rows, labels)
 
 
 def _require_chain(graph: LayerGraph, recorded: dict[str, Recorded]) -> None:
