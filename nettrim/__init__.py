@@ -26,6 +26,7 @@ from nettrim.errors import (
     UnsupportedError,
 )
 from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, Pattern, SparseGpt, Wanda, tolerance_curve
+from nettrim.network.finishing import Distill, FineTune
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import PruneResult, prune
@@ -41,7 +42,9 @@ __all__ = [
     "Certificate",
     "Clarabel",
     "DataError",
+    "Distill",
     "Evidence",
+    "FineTune",
     "LObs",
     "LayerProblem",
     "LayerRecord",

@@ -1,8 +1,8 @@
 """The command line: reads arguments, calls the library, prints.
 
-Exit codes: 0 done; 1 a check did not hold: `verify` found a difference, or an answer of `solve`, `prune` or `demo` is
-not certified within the tolerance (it is written and printed all the same); 2 bad usage or input (one line, no
-traceback); 130 interrupted.
+Exit codes: 0 done; 1 a check did not hold: `verify` found a difference, a row of `compare` failed, or an answer of
+`solve`, `prune`, `compare` or `demo` is not certified within the tolerance (it is written and printed all the same);
+2 bad usage or input (one line, no traceback); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import nettrim
+from nettrim.cli_compare import add_arguments, check_compare, read_sparsity, run_compare
 from nettrim.core.problem import FORMS, check_seed
 from nettrim.data import load
 from nettrim.demo import run_demo
@@ -112,8 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--method", default="net-trim", help=f"{', '.join(METHODS)}; default %(default)s")
     amount = cut.add_argument_group("amount: exactly one, a number or NAME=NUMBER,NAME=NUMBER for single layers")
     amount.add_argument("--epsilon", type=_amount, help="relative radius of each layer")
-    amount.add_argument("--sparsity", type=_amount, help="fraction of zeros")
+    amount.add_argument("--sparsity", type=_sparsity, help="fraction of zeros of each layer, or N:M such as 2:4")
+    amount.add_argument("--overall", type=float, help="fraction of zeros of all layers together, split by the data")
+    amount.add_argument("--kept", type=_amount, help="number of weights that stay in each layer")
     amount.add_argument("--lam", type=_amount, help="lambda of the regularised program")
+    amount.add_argument("--tolerance", type=_amount, help="of l-obs and obs: remove while the error is below it")
     cut.add_argument("--schedule", default="cascade", help=f"{' or '.join(SCHEDULES)}; default %(default)s")
     cut.add_argument("--layers", default="all", help="names or globs, comma-separated; default all")
     cut.add_argument("--ignore", default="", help="names or globs, comma-separated")
@@ -125,11 +129,23 @@ def _parser() -> argparse.ArgumentParser:
     trim.add_argument("--bias", help="free, penalised or frozen")
     trim.add_argument("--solver", help="a name in `nettrim info`")
     trim.add_argument("--tol", type=float, help="relative duality gap")
+    trim.add_argument("--route", help="to a number of weights: refined or reweighted")
+    trim.add_argument("--swaps", type=int, help="rounds of swaps of the refinement")
+    trim.add_argument(
+        "--no-evidence",
+        dest="evidence",
+        action="store_false",
+        default=None,
+        help="beside a number of weights, solve no convex program for the bound",
+    )
     trim.add_argument("--max-seconds", type=float, help="for each layer")
+    cut.add_argument("--finish", help="train on afterwards: distill (without labels) or fine-tune")
     cut.add_argument("--out", required=True, metavar="DIR", help="run directory")
     cut.add_argument("--resume", action="store_true", help="go on with the run in --out")
     cut.add_argument("--jobs", type=int, help="worker processes for the layers of a wave")
     cut.add_argument("--seed", type=int, default=0)
+
+    add_arguments(command("compare", _compare, "prune one network by several methods and amounts, side by side"))
 
     solve = command("solve", _solve, "solve one layer from arrays `inputs` and `targets`")
     solve.add_argument(
@@ -174,9 +190,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _prune(options: argparse.Namespace) -> int:
     method = _method(options)
-    if options.samples < 1:
-        raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
-    check_seed(options.seed)
+    _check_numbers(options)
     model = load_model(options.model, options.weights)
     data = load(options.data, download=options.download)
     result = prune(
@@ -184,9 +198,12 @@ def _prune(options: argparse.Namespace) -> int:
         _batches(data.train, options.samples),
         method,
         epsilon=options.epsilon,
-        sparsity=options.sparsity,
+        sparsity=_one_sparsity(options),
+        kept=options.kept,
         lam=options.lam,
+        tolerance=options.tolerance,
         schedule=options.schedule,
+        finish=options.finish,
         layers="all" if options.layers == "all" else options.layers.split(","),
         ignore=[name for name in options.ignore.split(",") if name],
         held_out=None if data.test is None else _batches(data.test, len(data.test.inputs)),
@@ -203,10 +220,24 @@ def _prune(options: argparse.Namespace) -> int:
     return _code(result.ledger)
 
 
+def _compare(options: argparse.Namespace) -> int:
+    _check_numbers(options)
+    check_compare(options)
+    data = load(options.data, download=options.download)
+    held_out = None if data.test is None else _batches(data.test, len(data.test.inputs))
+    return run_compare(options, data, _batches(data.train, options.samples), held_out)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.samples < 1:
+        raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
+    check_seed(options.seed)
+
+
 def _code(*ledgers: Ledger) -> int:
     """Return 1 where a layer is not certified within its tolerance; methods that certify nothing have no status."""
     found = (record.facts.get("status", "SOLVED") for ledger in ledgers for record in ledger.records)
-    return int(any(status != "SOLVED" for status in found))
+    return int(any(not nettrim.Status[status].accepted for status in found))
 
 
 def _solve(options: argparse.Namespace) -> int:
@@ -307,15 +338,32 @@ def _info(options: argparse.Namespace) -> int:
 
 def _method(options: argparse.Namespace) -> str | Method:
     """Return the method of that name, with the options of net-trim that were given."""
-    names = ("form", "gamma", "cascade", "kappa", "bias", "solver", "tol", "max_seconds")
+    names = ("form", "gamma", "cascade", "kappa", "bias", "solver", "tol", "max_seconds", "route", "swaps", "evidence")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     name: str = options.method
     if not given:
         return name
     if name != "net-trim":
-        flags = ", ".join("--" + ("rule" if key == "cascade" else key.replace("_", "-")) for key in given)
+        said = {"cascade": "rule", "evidence": "no-evidence"}
+        flags = ", ".join("--" + said.get(key, key.replace("_", "-")) for key in given)
         raise ProblemError(f"{flags} given, which only net-trim reads, and the method is {name!r}: leave them out.")
     return NetTrim(**given)
+
+
+def _one_sparsity(options: argparse.Namespace) -> Any:
+    """Return what --sparsity or --overall says."""
+    if options.overall is None:
+        return options.sparsity
+    if options.sparsity is not None:
+        raise ProblemError(f"--sparsity and --overall {options.overall:g} are both given: give one amount.")
+    return nettrim.Overall(options.overall)
+
+
+def _sparsity(text: str) -> Any:
+    """Read ``0.9``, ``2:4`` or ``fc1=0.9,fc2=2:4``."""
+    if "=" not in text:
+        return read_sparsity(text)
+    return {name: read_sparsity(number) for name, _, number in (part.partition("=") for part in text.split(","))}
 
 
 def _amount(text: str) -> float | dict[str, float]:

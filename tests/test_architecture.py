@@ -20,7 +20,8 @@ ALLOWED = {
     "pipeline": {"errors", "core", "network", "methods"},
     "report": {"errors", "core", "network", "methods", "pipeline"},
     "demo": {"errors", "core", "network", "methods", "pipeline", "report", "data"},
-    "cli": {"errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", ""},
+    "cli_compare": {"errors", "network", "methods", "pipeline", "report", "data", "loading"},
+    "cli": {"errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", "cli_compare", ""},
     "__main__": {"cli"},
     # the package's own face hands names on from everywhere below the reports
     "": {"errors", "core", "network", "methods", "pipeline"},

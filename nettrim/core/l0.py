@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrim.errors import ProblemError
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -32,8 +34,21 @@ class Spectrum:
 
     @staticmethod
     def of(gram: Tensor, dtype: torch.dtype) -> Spectrum:
-        """Decompose ``XᵀX (N, N)`` in float64, and keep it in `dtype`. ``9 N³`` flops or so."""
-        scale = gram.diagonal().clamp(min=1e-6 * float(gram.diagonal().max())).rsqrt()
+        """Decompose ``XᵀX (N, N)`` in float64, and keep it in `dtype`. ``9 N³`` flops or so.
+
+        Raises
+        ------
+        ProblemError
+            An entry is not finite: the inputs' squares overflow.
+        """
+        if not bool(gram.isfinite().all()):
+            raise ProblemError(
+                f"the Gram matrix of {len(gram)} inputs is not finite: check them for NaN, infinity and values above "
+                "1e150."
+            )
+        # where all inputs are dead, there is no size to measure them by
+        largest = float(gram.diagonal().max()) or 1.0
+        scale = gram.diagonal().clamp(min=1e-6 * largest).rsqrt()
         values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
         return Spectrum(scale.to(dtype), values.clamp(min=0).to(dtype), vectors.to(dtype))
 

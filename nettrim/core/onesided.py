@@ -19,9 +19,12 @@ from torch import Tensor
 
 from nettrim.core.problem import LayerProblem
 
-_RIDGE = 1e-7  # of the mean diagonal: H_S may be singular, on dead inputs and where few samples are active
+# of each diagonal entry, so that units of the inputs do not matter: H_S may be singular, on collinear inputs and where
+# few samples are active
+_RIDGE = 1e-7
 _ENTRIES = 2**24  # float64 entries of the inverses that are held at a time: 128 MiB
-_HALVINGS = 6
+_ARMIJO = 1e-4
+_SETTLED = 1e-7  # of the loss: a step that promises less is the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,23 +102,23 @@ class OneSided:
                 # off the active set only what stands above the ceiling has a slope
                 on = active | (residual > 0)
                 counted, pull = x * on, torch.where(on, shifted, 0.0)
-            hessian = counted @ x.T
-            hessian.diagonal().add_(_RIDGE * hessian.diagonal().mean() + torch.finfo(x.dtype).tiny)
-            direction = _solve(hessian, counted @ pull)
-            length = 1.0
-            for _ in range(_HALVINGS):
-                moved = weight - length * direction
-                found = self.residual(moved @ x, neuron)
+            slope, hessian = counted @ pull, _ridged(counted @ x.T)
+            direction = _solve(hessian, slope)
+            promised = max(0.0, float(direction @ slope))  # by how much the quadratic falls
+            length, before, moved = 1.0, loss, False
+            while not moved:
+                trial = weight - length * direction
+                found = self.residual(trial @ x, neuron)
                 pulled = found if offset is None else found + offset
                 new = float(pulled @ pulled)
-                if new <= loss:
-                    break
+                moved = new <= before - _ARMIJO * length * promised
+                if moved:
+                    weight, residual, shifted, loss = trial, found, pulled, new
                 length /= 2
-            else:
-                break
-            settled = loss - new <= 1e-7 * loss
-            weight, residual, shifted, loss = moved, found, pulled, new
-            if settled:
+                # where few samples are active, a step soon makes others so, and only a short one lowers the loss
+                if not length * promised > _SETTLED * before:
+                    break
+            if not moved or not promised > _SETTLED * before:
                 break
         return weight, residual, hessian
 
@@ -170,7 +173,7 @@ class OneSided:
         weight, mask : Tensor (M, N)
             The weight is not refitted after the last removals: that is `fit`.
         """
-        mask = mask.clone()
+        weight, mask = torch.where(mask, weight, 0.0), mask.clone()
         before = int(mask[:, ~free].sum())
         for i in range(1, steps + 1):
             goal = round(before * (kept / before) ** (i / steps)) if before > kept else kept
@@ -299,16 +302,21 @@ def trace(inverse: Tensor, weight: Tensor, may: Tensor, depth: int) -> tuple[Ten
     return order, costs
 
 
+def _ridged(matrix: Tensor) -> Tensor:
+    """Add the ridge, in place."""
+    matrix.diagonal().mul_(1 + _RIDGE).add_(torch.finfo(matrix.dtype).tiny)
+    return matrix
+
+
 def _factor(matrix: Tensor) -> Tensor:
     """Return the Cholesky factor, with as much more ridge as it takes: a step may be cautious, it is measured."""
     ridge = 0.0
-    size = float(matrix.diagonal().mean())
     factor: Tensor
     while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
-        if not int(failed) or not ridge < size:
+        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * matrix.diagonal().diag())
+        if not int(failed) or not ridge < 1:
             return factor
-        ridge = max(100 * ridge, 1e-6 * size)
+        ridge = max(100 * ridge, 1e-6)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

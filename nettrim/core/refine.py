@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nettrim.core.certificate import Certificate, certify
+from nettrim.core.certificate import Certificate, certify, feasible_multipliers
 from nettrim.core.l0 import Spectrum, l0_support
 from nettrim.core.linalg import gram
 from nettrim.core.onesided import OneSided
-from nettrim.core.problem import LayerProblem, as_float_tensor, check_count
+from nettrim.core.problem import LayerProblem, as_float_tensor, check_count, check_number
 from nettrim.core.solvers import Solver, solve_problem
 from nettrim.errors import ProblemError
 
@@ -98,13 +98,14 @@ class Evidence:
 
 
 def evidence_of(problem: LayerProblem, weight: Tensor, multipliers: Tensor) -> Evidence:
-    """Return the evidence that given multipliers carry, whatever solver they come from.
+    """Return the evidence that given multipliers carry, whatever they are: they are made feasible first.
 
     For feasible ``Γ`` and any ``U``: ``Σ c|U| ≥ ⟨Γ, T⟩ − dist(U) ‖Γ‖``, which bounds either from the other.
     """
     certificate = certify(problem, weight, multipliers)
-    size = float(multipliers.double().norm())
-    linear = float((multipliers.double() * problem.anchor.double()).sum())
+    gamma = feasible_multipliers(problem, multipliers.double()).multipliers
+    size = float(gamma.norm())
+    linear = float((gamma * problem.anchor.double()).sum())
     nearest = max(0.0, (linear - certificate.objective) / size) if size > 0 else 0.0
     return Evidence(certificate, nearest, multipliers)
 
@@ -155,11 +156,14 @@ def refine(
         Shapes do not match, `kept` or another setting is out of range, or the form is "halfspace".
     """
     began = time.monotonic()
+    kept, steps, rows = (check_count(*pair) for pair in (("kept", kept), ("steps", steps), ("rows", rows)))
     start, free, weights, metric = _checked(problem, weight, kept, importance)
-    for name, value in (("steps", steps), ("rows", rows)):
-        check_count(name, value)
-    if not headroom >= 1 or isinstance(swaps, bool) or not isinstance(swaps, int) or swaps < 0:
-        raise ProblemError(f"headroom={headroom} and swaps={swaps} are out of range: headroom ≥ 1, swaps ≥ 0.")
+    if not 1 <= check_number("headroom", headroom) < float("inf"):
+        raise ProblemError(f"headroom={headroom} is out of range: the superset is headroom ≥ 1 times the count.")
+    if isinstance(swaps, bool) or not isinstance(swaps, int) or swaps < 0:
+        raise ProblemError(f"swaps={swaps} is out of range: give a whole number ≥ 0.")
+    if round_to is not None and not round_to.is_floating_point:
+        raise ProblemError(f"round_to={round_to} holds no weights: give a floating dtype, such as torch.float32.")
     total = int((~free).sum()) * len(start)
     kind = working_dtype(problem)
     chosen = None
@@ -187,7 +191,8 @@ def refine(
             verdict.fit(start, mask, _SETTLE)[0] if metric is None else verdict.balance(start, mask, metric, _SWEEPS)
         )
         found = found.to(round_to or problem.inputs.dtype)
-    found = _filled(found, mask, start)
+    # kept weights on inputs that are dead here hold what they started with: the count is exact, and no output notices
+    found = torch.where(mask & (found == 0) & (problem.inputs == 0).all(0), start.to(found.dtype), found)
     return Refined(
         weight=found.to(problem.inputs.dtype),
         mask=mask,
@@ -266,6 +271,9 @@ class _Search:
         own = start != 0
         if int(own[:, ~self.free].sum()) <= size:
             weight, mask = torch.where(mask, weight, start), mask | own
+        # where inputs or targets are zero, so may be what was found: the superset must not hold less than is wanted
+        if int(mask[:, ~self.free].sum()) < self.kept:
+            mask = _extended(self.layer, weight, mask, self.free, self.kept)
         return weight, mask
 
     def _eliminate(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,11 +296,6 @@ def _extended(layer: OneSided, weight: Tensor, mask: Tensor, free: Tensor, count
     return mask
 
 
-def _filled(weight: Tensor, mask: Tensor, start: Tensor) -> Tensor:
-    """Give kept weights that are 0, on inputs that are dead here, what they started with: the count is exact."""
-    return torch.where(mask & (weight == 0), start.to(weight.dtype), weight)
-
-
 def _checked(
     problem: LayerProblem, weight: Any, kept: int, importance: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -304,7 +307,6 @@ def _checked(
     start = as_float_tensor("weight", weight).to(problem.inputs.device, torch.float64)
     if start.shape != shape:
         raise ProblemError(f"weight has shape {tuple(start.shape)}: it must be {shape}, as the problem's.")
-    check_count("kept", kept)
     free = (problem.penalty == 0).all(0)
     available = int((~free).sum()) * shape[0]
     if kept > available:
@@ -322,6 +324,8 @@ def _checked(
     metric = None
     if given.dim() == 2:
         metric = 0.5 * (given + given.T) / diagonal.mean()
+        if float(torch.linalg.eigvalsh(metric)[0]) < -1e-6 * shape[0]:
+            raise ProblemError("importance is not positive semi-definite: some errors would pay.")
         metric = metric + 1e-3 * torch.eye(shape[0]).to(metric)
     return start, free, neuron_importance(given), metric
 

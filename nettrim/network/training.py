@@ -1,20 +1,30 @@
 """The one training loop, so that every network trained here is trained the same way and can be trained again.
 
+It keeps pruned weights at zero where it is told which they are.
+
 Shuffling and dropout draw from a seed of their own: the result depends on the arguments alone, and the
 caller's random numbers are left where they were.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from nettrim.errors import ProblemError
-from nettrim.network.edit import evaluating, first_line
+from nettrim.network.edit import evaluating, find_linear, first_line
+
+_BLOCK = 4096  # rows in one pass without gradients
 
 
 def train(
@@ -62,63 +72,288 @@ def train(
     ProblemError
         An argument is out of its range, rows do not match, or the loss ceases to be finite.
     """
-    _check_settings(epochs, learning_rate, batch_size, weight_decay)
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_rates(learning_rate, weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ProblemError("model has no parameter that requires a gradient; call model.requires_grad_(True)")
-    device = parameters[0].device
-    _check_data(inputs, labels)
-    inputs, labels = inputs.detach().to(device, parameters[0].dtype), labels.to(device, torch.int64)
-    _check_classes(model, inputs, labels)
+    check_inputs(inputs)
+    check_labels(inputs, labels)
+    inputs, labels = inputs.detach().to(parameters[0]), labels.to(parameters[0].device, torch.int64)
+    check_classes(model, inputs, labels)
 
-    rows = len(inputs)
-    steps = epochs * math.ceil(rows / batch_size)
     optimiser = torch.optim.Adam(parameters, lr=learning_rate, weight_decay=weight_decay)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * math.ceil(len(inputs) / batch_size))
+    history = run_epochs(
+        model, inputs, labels, F.cross_entropy, optimiser, decay,
+        epochs=epochs, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+    return list(history.losses)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training loop saw.
+
+    Attributes
+    ----------
+    losses : tuple of float
+        Mean loss over the rows trained on, of each epoch.
+    held_out_losses : tuple of float
+        Mean loss over the rows held out, before the first epoch and after each; empty where none are.
+    best_epoch : int
+        After which epoch the weights that are left in the model were seen; 0 is before the first.
+    """
+
+    losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    best_epoch: int
+
+
+def run_epochs(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimiser: Optimizer,
+    schedule: LRScheduler,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    dropout: bool = True,
+    support: Support | None = None,
+    before_step: Callable[[], bool] | None = None,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    patience: int | None = None,
+    title: str = "training",
+    progress: bool = False,
+) -> History:
+    """Take shuffled batches and step, epoch after epoch. All training in this package goes through here.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place, and left in evaluation mode.
+    inputs : Tensor, shape (P, ...)
+        In the model's dtype and on its device.
+    targets : Tensor, shape (P, ...)
+        What goes into the loss beside the outputs.
+    loss : callable
+        From outputs and targets of a batch to their mean loss.
+    optimiser : Optimizer
+        Over the parameters to train.
+    schedule : LRScheduler
+        Of that optimiser; advanced after every step.
+    epochs, batch_size : int
+        At least 1; the last step of an epoch takes the rows that are left.
+    seed : int
+        Decides shuffling and dropout.
+    dropout : bool
+        Train in training mode: dropout is on, and batch normalisation uses and updates the statistics of batches. Else
+        in evaluation mode, where both are as they will be in use.
+    support : Support, optional
+        The weights that there are: all others are zero after every step, and whatever ends the loop.
+    before_step : callable, optional
+        Called before every step. May change the support; returns whether that is done with.
+    held_out : pair of Tensor, optional
+        Inputs and targets that are not trained on. The weights that are best on them are left in the model, from the
+        start on, or from the epoch on in which `before_step` is done. Without them it is the last weights.
+    patience : int, optional
+        Stop after so many epochs without a better one on `held_out`.
+    title : str
+        Of the progress bar.
+    progress : bool
+        Show a bar on stderr, if that is a terminal.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ProblemError
+        The loss ceases to be finite.
+    """
+    rows, device = len(inputs), inputs.device
     shuffling = torch.Generator().manual_seed(seed)
     graphics = [device] if device.type == "cuda" else []
-    losses = []
+    losses: list[float] = []
+    settled = before_step is None
+    watch = None if held_out is None else _Watch(model, loss, *held_out)
     # dropout can draw only from the global generators, so these are lent to it and put back
     with torch.random.fork_rng(devices=graphics):
         torch.default_generator.manual_seed(seed)
         for card in graphics:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
-        model.train()
+        model.train(dropout)
         try:
-            for epoch in tqdm(range(epochs), "training", leave=False, disable=None if progress else True):
+            if watch is not None:
+                watch.look(settled)
+            for epoch in tqdm(range(epochs), title, leave=False, disable=None if progress else True):
                 total = 0.0
                 order = torch.randperm(rows, generator=shuffling).to(device)
                 for start in range(0, rows, batch_size):
+                    if before_step is not None:
+                        settled = before_step()
                     chosen = order[start : start + batch_size]
-                    loss = F.cross_entropy(model(inputs[chosen]), labels[chosen])
+                    value = loss(model(inputs[chosen]), targets[chosen])
                     optimiser.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    value.backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
-                    decay.step()
-                    total += loss.item() * len(chosen)
-                if not math.isfinite(total):
-                    raise ProblemError(
-                        f"the training loss is {total} in epoch {epoch + 1} with "
-                        f"learning_rate={learning_rate}; lower the learning rate"
-                    )
+                    schedule.step()
+                    if support is not None:
+                        support.apply()
+                    total += value.item() * len(chosen)
+                    if not math.isfinite(total):
+                        raise ProblemError(
+                            f"the training loss is {total} in epoch {epoch + 1} with "
+                            f"learning_rate={optimiser.param_groups[0]['initial_lr']}; lower the learning rate"
+                        )
                 losses.append(total / rows)
+                if watch is not None:
+                    watch.look(settled)
+                    if patience is not None and watch.waited >= patience:
+                        break
+            if watch is not None:
+                watch.restore()
         finally:
+            if support is not None:
+                support.clear()
             model.eval()
-    return losses
+    if watch is None:
+        return History(tuple(losses), (), len(losses))
+    return History(tuple(losses), tuple(watch.losses), watch.epoch)
 
 
-def _check_settings(epochs: int, learning_rate: float, batch_size: int, weight_decay: float) -> None:
-    for name, count in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ProblemError(f"{name} is {count!r}; pass an integer of at least 1")
+class _Watch:
+    """Measures the loss on rows held out, and holds on to the best weights."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
+    ) -> None:
+        self.model, self.loss, self.inputs, self.targets = model, loss, inputs, targets
+        self.losses: list[float] = []
+        self.epoch = 0
+        self.best: dict[str, Any] | None = None
+
+    def look(self, counts: bool) -> None:
+        """Measure; where this epoch counts, it may be the best."""
+        total = 0.0
+        with evaluating(self.model), torch.no_grad():
+            for rows, wanted in zip(torch.split(self.inputs, _BLOCK), torch.split(self.targets, _BLOCK), strict=True):
+                # copied, because a first layer that works in place would otherwise change them
+                total += float(self.loss(self.model(rows.clone()), wanted)) * len(rows)
+        self.losses.append(total / len(self.inputs))
+        if counts and (self.best is None or self.losses[-1] < self.losses[self.epoch]):
+            self.epoch = len(self.losses) - 1
+            self.best = copy.deepcopy(self.model.state_dict())
+
+    @property
+    def waited(self) -> int:
+        """Epochs since the best one."""
+        return 0 if self.best is None else len(self.losses) - 1 - self.epoch
+
+    def restore(self) -> None:
+        """Put the best weights into the model."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+
+
+class Support:
+    """Which weights of a model there are: the masks of its pruned layers, held at the moment.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Weights off the masks are set to zero at once, and by every method.
+    masks : mapping from str to bool Tensor (M, N)
+        From the names of Linear layers; True = kept. Layers that are not named are dense.
+
+    Attributes
+    ----------
+    masks : dict of str to bool Tensor (M, N)
+
+    Raises
+    ------
+    ProblemError
+        There is no mask, or one is not bool or not of its weight's shape.
+    UnknownNameError
+        A name is not that of a Linear layer.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        if not masks:
+            raise ProblemError("masks is empty; give the mask of at least one pruned layer")
+        self._weights = {name: find_linear(model, name).weight for name in masks}
+        for name, mask in masks.items():
+            shape = tuple(self._weights[name].shape)
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+                found = (
+                    f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                )
+                raise ProblemError(f"the mask of layer {name!r} is {found}; pass bool of shape {shape}")
+        self.set(masks)
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Take other masks of the same layers."""
+        self.masks = {name: mask.to(self._weights[name].device, copy=True) for name, mask in masks.items()}
+        self._factors = [self.masks[name].to(weight.dtype) for name, weight in self._weights.items()]
+        self.clear()
+
+    def apply(self) -> None:
+        """Set the finite weights off the masks to zero, fast."""
+        with torch.no_grad():
+            for weight, factor in zip(self._weights.values(), self._factors, strict=True):
+                weight.mul_(factor)
+
+    def clear(self) -> None:
+        """Set all weights off the masks to zero, also NaN."""
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.masked_fill_(~self.masks[name], 0.0)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many weights each mask holds."""
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse what is no integer of at least 1.
+
+    Raises
+    ------
+    ProblemError
+        `count` is none.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ProblemError(f"{name} is {count!r}; pass an integer of at least 1")
+
+
+def check_rates(learning_rate: float, weight_decay: float) -> None:
+    """Refuse a learning rate that is not positive, or a weight decay that is negative.
+
+    Raises
+    ------
+    ProblemError
+        Either is out of its range, or not finite.
+    """
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ProblemError(f"learning_rate is {learning_rate!r}; pass a positive number such as 1e-3")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ProblemError(f"weight_decay is {weight_decay!r}; pass 0 or a small positive number")
 
 
-def _check_data(inputs: Tensor, labels: Tensor) -> None:
+def check_inputs(inputs: Tensor) -> None:
+    """Refuse inputs that are not floating and finite, of shape (P, ...) with at least one row.
+
+    Raises
+    ------
+    ProblemError
+        They are not.
+    """
     if inputs.dim() < 2 or len(inputs) == 0 or not inputs.is_floating_point():
         raise ProblemError(
             f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; "
@@ -127,6 +362,16 @@ def _check_data(inputs: Tensor, labels: Tensor) -> None:
     bad = int((~torch.isfinite(inputs)).sum())
     if bad:
         raise ProblemError(f"inputs have {bad} NaN or infinite entries; clean the data")
+
+
+def check_labels(inputs: Tensor, labels: Tensor) -> None:
+    """Refuse labels that are not one integer class for each row of the inputs.
+
+    Raises
+    ------
+    ProblemError
+        They are not.
+    """
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ProblemError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; pass integer classes of shape (P,)"
@@ -135,8 +380,14 @@ def _check_data(inputs: Tensor, labels: Tensor) -> None:
         raise ProblemError(f"inputs have {len(inputs)} rows and labels {len(labels)}; pass one label for each row")
 
 
-def _check_classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    """Compare the labels with the model's outputs: on a GPU, a class out of range ends the whole process."""
+def check_classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+    """Refuse a model that does not score the labels' classes: on a GPU, a class out of range ends the whole process.
+
+    Raises
+    ------
+    ProblemError
+        The model fails on the inputs, does not return (B, C), or has fewer classes.
+    """
     try:
         with evaluating(model), torch.no_grad():
             scores = model(inputs[:1])

@@ -172,7 +172,8 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return asdict(self) | {"records": [asdict(record) for record in self.records]}
+        before = None if self.before is None else self.before.as_dict()
+        return asdict(self) | {"records": [asdict(record) for record in self.records], "before": before}
 
 
 def build_ledger(

@@ -16,6 +16,7 @@ from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch
 from nettrim.network.trace import LayerGraph, trace
 from nettrim.pipeline.budget import Overall, allocate
+from nettrim.pipeline.finish import Finish, headroomed, make_finish
 from nettrim.pipeline.schedule import resolve_amount, waves
 from nettrim.pipeline.scout import Scout
 
@@ -39,6 +40,10 @@ class Plan:
     overall : Overall or None
     metrics : dict of str to Tensor (M, M)
         What the network makes of each layer's errors, for methods that look ahead; known after `settle`.
+    finish : Finish or None
+        How the network is trained on.
+    targets : dict of str to int, or int, or None
+        How many weights finishing leaves, of each layer or in all; None where it takes none away.
     """
 
     method: Method
@@ -49,10 +54,18 @@ class Plan:
     values: Mapping[str, float | Pattern]
     overall: Overall | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    finish: Finish | None = None
+    targets: Mapping[str, int] | int | None = None
 
     @staticmethod
     def make(
-        model: nn.Module, method: str | Method, schedule: str, layers: Any, ignore: Any, amounts: dict[str, Any]
+        model: nn.Module,
+        method: str | Method,
+        schedule: str,
+        layers: Any,
+        ignore: Any,
+        amounts: dict[str, Any],
+        finish: str | Finish | None = None,
     ) -> Plan:
         """Resolve what the user said.
 
@@ -67,7 +80,11 @@ class Plan:
         overall = amounts.get("sparsity")
         if not isinstance(overall, Overall):
             kind, values = resolve_amount(graph, chosen, amounts)
-            return Plan(chosen, schedule, graph, order, kind, values)
+            plan = Plan(chosen, schedule, graph, order, kind, values, finish=make_finish(finish, kind, overall=False))
+            if plan.finish is not None and plan.finish.choose != "fixed":
+                final = plan.counts()
+                plan = replace(plan, amount="kept", values=headroomed(plan.finish, final, plan.sizes), targets=final)
+            return plan
         others = [kind for kind in AMOUNTS if kind != "sparsity" and amounts.get(kind) is not None]
         if others:
             raise ProblemError(f"give exactly one amount: sparsity={overall} and {', '.join(others)} were given.")
@@ -78,7 +95,9 @@ class Plan:
         total = overall.kept(sum(layer.in_features * layer.out_features for layer in graph.selected))
         if total < len(graph.selected):
             raise ProblemError(f"{overall} leaves {total} weights for {len(graph.selected)} layers: lower it.")
-        return Plan(chosen, schedule, graph, order, "kept", {}, overall)
+        return Plan(
+            chosen, schedule, graph, order, "kept", {}, overall, finish=make_finish(finish, "kept", overall=True)
+        )
 
     def settle(
         self,
@@ -106,15 +125,26 @@ class Plan:
         scout = Scout.of(dense, self.graph, calibration, _ROWS, seed)
         plan = self
         if self.overall:
-            sizes = [layer.in_features * layer.out_features for layer in self.graph.selected]
+            total = self.overall.kept(sum(self.sizes.values()))
+            choose = "fixed" if self.finish is None else self.finish.choose
             if started is not None and started.get("overall") == str(self.overall):
-                values = started["amount"]["kept"]
+                plan = replace(plan, values=started["amount"]["kept"], targets=started["targets"])
+            elif choose == "global" and self.finish is not None:
+                # the split that finishing starts from is that of the larger number: it chooses the final one itself
+                more = min(sum(self.sizes.values()), round(self.finish.headroom * total))
+                plan = replace(plan, values=allocate(scout, more, progress=progress), targets=total)
             else:
-                values = allocate(scout, self.overall.kept(sum(sizes)), progress=progress)
-            plan = replace(plan, values=values)
+                final = allocate(scout, total, progress=progress)
+                targets = None if choose == "fixed" else final
+                plan = replace(plan, values=headroomed(self.finish, final, self.sizes), targets=targets)
         if ahead and len(self.graph.layers) > 1:
             plan = replace(plan, metrics=scout.look_ahead(plan.counts()))
         return plan
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many weights each layer to prune has."""
+        return {layer.name: layer.in_features * layer.out_features for layer in self.graph.selected}
 
     def counts(self) -> dict[str, int]:
         """Return how many weights each layer keeps.
@@ -127,10 +157,10 @@ class Plan:
         if self.amount not in (*COUNTS, "pattern"):
             raise ProblemError(f"{self.amount} says no number of weights: give sparsity or kept.")
         kept = {}
-        for layer in self.graph.selected:
-            value, numel = self.values[layer.name], layer.in_features * layer.out_features
+        for name, numel in self.sizes.items():
+            value = self.values[name]
             if isinstance(value, Pattern):
-                kept[layer.name] = value.count(numel)
+                kept[name] = value.count(numel)
             else:
-                kept[layer.name] = int(value) if self.amount == "kept" else kept_count(numel, value)
+                kept[name] = int(value) if self.amount == "kept" else kept_count(numel, value)
         return kept

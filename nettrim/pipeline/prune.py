@@ -22,6 +22,7 @@ from nettrim.network.trace import LayerGraph, LayerSpec
 from nettrim.pipeline.account import Account
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.execute import check_executor, run_all
+from nettrim.pipeline.finish import Finish, check_batches, run_finish
 from nettrim.pipeline.ledger import LayerEvidence, Ledger
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free, started_run
@@ -42,7 +43,9 @@ class PruneResult:
     settings : dict
         Everything that was asked for, and where it ran.
     layers : list of LayerEvidence
-        What the ledger was made from.
+        What pruning gave, layer by layer.
+    final : list of LayerEvidence
+        The layers of `model`: the same, but for a network that was trained on.
     calibration : Samples
         The rows of the first layer's inputs.
     held_out : Samples or None
@@ -53,6 +56,7 @@ class PruneResult:
     masks: dict[str, Tensor]
     settings: dict[str, Any]
     layers: list[LayerEvidence]
+    final: list[LayerEvidence]
     calibration: Samples
     held_out: Samples | None
 
@@ -67,7 +71,7 @@ class PruneResult:
         store = RunStore.create(directory, self.settings, self.calibration, self.held_out)
         for layer in self.layers:
             store.write_layer(layer)
-        store.finish(self.model, self.layers, self.ledger)
+        store.finish(self.model, self.final, self.ledger)
 
 
 def prune(
@@ -84,6 +88,7 @@ def prune(
     layers: str | list[str] | tuple[str, ...] = "all",
     ignore: str | list[str] | tuple[str, ...] = (),
     held_out: Iterable[Any] | None = None,
+    finish: str | Finish | None = None,
     out_dir: str | Path | None = None,
     resume: bool = False,
     executor: int | None = None,
@@ -111,6 +116,11 @@ def prune(
         Which layers to prune, and which not.
     held_out : iterable, optional
         Samples that are only measured on.
+    finish : {"distill", "fine-tune"} or object, optional
+        Train on after pruning, pruned weights staying zero: without labels to the dense network's outputs, or with the
+        labels in `batches`; or an object such as ``nettrim.Distill(epochs=40)``. With a number of weights, "distill"
+        prunes to more first and chooses on the way which stay. The ledger says so, and has the pruned network's as
+        `before`.
     out_dir : path, optional
         Write a run directory; a finished layer is on disk at once.
     resume : bool
@@ -134,10 +144,12 @@ def prune(
         `out_dir` holds another run, or cannot be written.
     """
     amounts = dict(epsilon=epsilon, sparsity=sparsity, kept=kept, lam=lam, tolerance=tolerance)
-    plan = Plan.make(model, method, schedule, layers, ignore, amounts)
+    plan = Plan.make(model, method, schedule, layers, ignore, amounts, finish)
     workers = check_executor(executor)
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
+    if plan.finish is not None:
+        check_batches(plan.finish, calibration)
     seed = check_seed(seed)
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
@@ -175,10 +187,16 @@ def _run(
     pruned = frozen_copy(model)
     evidence = _prune_waves(plan, account, pruned, store, found, workers, progress)
     ledger = account.ledger(plan.method.name, plan.schedule, pruned, evidence)
+    final = evidence
+    if plan.finish is not None:
+        pruned, final, said = run_finish(
+            plan.finish, model, pruned, calibration, evidence, plan.targets, seed, progress
+        )
+        ledger = account.ledger(plan.method.name, plan.schedule, pruned, final, said, before=ledger)
     if store is not None:
-        store.finish(pruned, evidence, ledger)
-    masks = {layer.name: layer.weight != 0 for layer in evidence if layer.pruned}
-    return PruneResult(pruned, ledger, masks, settings, evidence, samples, held_samples)
+        store.finish(pruned, final, ledger)
+    masks = {layer.name: layer.weight != 0 for layer in final if layer.pruned}
+    return PruneResult(pruned, ledger, masks, settings, evidence, final, samples, held_samples)
 
 
 def _prune_waves(

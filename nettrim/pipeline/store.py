@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +62,8 @@ def describe_run(model: nn.Module, plan: Plan, seed: int) -> dict[str, Any]:
         "schedule": plan.schedule,
         "amount": {plan.amount: {k: str(v) if isinstance(v, Pattern) else v for k, v in plan.values.items()}},
         "overall": plan.overall and str(plan.overall),
+        "finish": plan.finish and repr(plan.finish),
+        "targets": dict(plan.targets) if isinstance(plan.targets, Mapping) else plan.targets,
         "chain": [asdict(layer) for layer in plan.graph.layers],
         "seed": seed,
         "model": digest_tensors(dict(model.state_dict())),
@@ -83,7 +86,19 @@ def describe_place() -> dict[str, Any]:
 
 
 #: what must be the same for a run to be gone on with
-_IDENTITY = ("schema", "method", "method_settings", "schedule", "amount", "overall", "chain", "seed", "model")
+_IDENTITY = (
+    "schema",
+    "method",
+    "method_settings",
+    "schedule",
+    "amount",
+    "overall",
+    "finish",
+    "targets",
+    "chain",
+    "seed",
+    "model",
+)
 
 
 class RunStore:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nettrim.errors import NetTrimError, ProblemError, RunError
 from nettrim.network.edit import frozen_copy
+from nettrim.pipeline.finish import with_weights
 from nettrim.pipeline.ledger import (
     Activations,
     LayerEvidence,
@@ -103,7 +104,8 @@ def _verify(path: Path) -> Verification:
     stored = read_json(path / "ledger.json")
     layers = [_layer(path, spec["name"]) for spec in run["chain"]]
     try:
-        rebuilt = _rebuild(path, run, layers)
+        final = _final(path, run, layers)
+        rebuilt = _rebuild(path, run, layers, final)
     except (ProblemError, KeyError, RuntimeError) as error:
         failures.append(f"the stored layers do not fit together: {str(error).splitlines()[0]}")
         return Verification(checked, tuple(failures), "finished")
@@ -111,7 +113,8 @@ def _verify(path: Path) -> Verification:
     rounding = 1e-10 * max([rebuilt.output_norm, *(record.target_norm for record in rebuilt.records)])
     checks = [
         _compare(_plain({"schema": SCHEMA} | rebuilt.as_dict()), stored, "ledger.json", rounding),
-        _check_model(path, layers),
+        _check_model(path, final),
+        _check_targets(run, final),
         _check_amounts(run, layers),
         _check_promises(rebuilt),
     ]
@@ -150,7 +153,7 @@ def _load(path: Path, model: nn.Module | None) -> PruneResult:
     state, _ = read_tensors(path / "model.safetensors")
     masks, _ = read_tensors(path / "masks.safetensors")
     if model is None:
-        network: nn.Module = _chain_module(layers)
+        network: nn.Module = _chain_module(_final(path, run, layers))
     else:
         network = frozen_copy(model)
         try:
@@ -160,7 +163,8 @@ def _load(path: Path, model: nn.Module | None) -> PruneResult:
                 f"model does not take the weights in {path}: {str(error).splitlines()[-1].strip()}"
             ) from error
     calibration, held_out = _samples(path, run)
-    return PruneResult(network, _ledger(read_json(path / "ledger.json")), masks, run, layers, calibration, held_out)
+    ledger, final = _ledger(read_json(path / "ledger.json")), _final(path, run, layers)
+    return PruneResult(network, ledger, masks, run, layers, final, calibration, held_out)
 
 
 @contextmanager
@@ -206,7 +210,21 @@ def _samples(path: Path, run: dict[str, Any]) -> tuple[Samples, Samples | None]:
     return calibration, read_samples(path / held) if held in run["files"] else None
 
 
-def _rebuild(path: Path, run: dict[str, Any], layers: list[LayerEvidence]) -> Ledger:
+def _rebuild(path: Path, run: dict[str, Any], layers: list[LayerEvidence], final: list[LayerEvidence]) -> Ledger:
+    ledger = _account(path, run, layers, None, None)
+    if run["finish"] is None:
+        return ledger
+    return _account(path, run, final, read_json(path / "ledger.json")["finish"], ledger)
+
+
+def _account(
+    path: Path,
+    run: dict[str, Any],
+    layers: list[LayerEvidence],
+    finish: dict[str, Any] | None,
+    before: Ledger | None,
+) -> Ledger:
+    """Replay the chain with these layers and make its ledger; how it was finished is taken over, not recomputed."""
     calibration, held = _samples(path, run)
     dense = _replay(layers, calibration, 0)
     count = sum(layer.pruned for layer in layers)
@@ -224,7 +242,35 @@ def _rebuild(path: Path, run: dict[str, Any], layers: list[LayerEvidence]) -> Le
         ladder,
         calibration.labels,
         held_out,
+        finish,
+        before,
     )
+
+
+def _final(path: Path, run: dict[str, Any], layers: list[LayerEvidence]) -> list[LayerEvidence]:
+    """Return the layers of the network that came out: of one that was trained on, the weights are the model's."""
+    if run["finish"] is None:
+        return layers
+    state, _ = read_tensors(path / "model.safetensors")
+    return [with_weights(layer, state[f"{layer.name}.weight"], state.get(f"{layer.name}.bias")) for layer in layers]
+
+
+def _check_targets(run: dict[str, Any], final: list[LayerEvidence]) -> tuple[int, list[str]]:
+    """Hold the counts of a network that was trained on against what was to be left."""
+    targets = run["targets"]
+    kept = {layer.name: int((layer.weight != 0).sum()) for layer in final}
+    if targets is None:
+        return 0, []
+    if isinstance(targets, dict):
+        wrong = [
+            f"model.safetensors: {name} keeps {kept[name]} weights, and finishing was to leave {count}."
+            for name, count in targets.items()
+            if kept[name] > count
+        ]
+        return len(targets), wrong
+    total = sum(kept[layer.name] for layer in final if layer.pruned)
+    said = [f"model.safetensors keeps {total} weights, and finishing was to leave {targets}."]
+    return 1, said if total > targets else []
 
 
 def _replay(layers: list[LayerEvidence], samples: Samples, pruned: int) -> Activations:
@@ -278,6 +324,10 @@ def _check_amounts(run: dict[str, Any], layers: list[LayerEvidence]) -> tuple[in
 
 def _check_promises(ledger: Ledger) -> tuple[int, list[str]]:
     """Hold what was measured against what was promised and bounded."""
+    if ledger.before is not None:
+        count, said = _check_promises(ledger.before)
+        own, wrong = _check_promises(replace(ledger, before=None))
+        return count + own, said + wrong
     pairs = [
         ("measured", f"{r.name}: promised", r.measured, r.promised) for r in ledger.records if r.promised is not None
     ]
@@ -336,8 +386,9 @@ def _plain(value: Any) -> Any:
 def _ledger(stored: dict[str, Any]) -> Ledger:
     try:
         records = tuple(LayerRecord(**record) for record in stored["records"])
-        rest = {key: value for key, value in stored.items() if key not in ("schema", "records")}
-        return Ledger(records=records, **rest)
+        rest = {key: value for key, value in stored.items() if key not in ("schema", "records", "before")}
+        before = None if stored["before"] is None else _ledger(stored["before"])
+        return Ledger(records=records, before=before, **rest)
     except (KeyError, TypeError) as error:
         raise RunError(f"ledger.json does not hold a ledger of this version: {error}.") from error
 

@@ -57,7 +57,11 @@ def ledger_table(ledger: Ledger) -> str:
             f"{sum(r.seconds for r in ledger.records):.1f}",
         )
     )
-    lines = [f"{ledger.method}, {ledger.schedule}", "", text_table(head, rows), ""]
+    title = f"{ledger.method}, {ledger.schedule}"
+    if ledger.finish is not None:
+        how = {"distill": "distilled to the dense network without labels", "fine-tune": "fine-tuned with labels"}
+        title += f", then {how.get(ledger.finish['kind'], ledger.finish['kind'])}: {ledger.finish['epochs']} epochs"
+    lines = [title, "", text_table(head, rows), ""]
     size = ledger.output_norm or 1.0
     lines.append(
         f"output error ‖ŷ − y‖/‖y‖ on the calibration samples: measured {ledger.measured / size:.5g}, bounded by"
@@ -71,6 +75,11 @@ def ledger_table(ledger: Ledger) -> str:
         f"accuracy, {split}: {100 * a['dense']:.2f} % dense, {100 * a['pruned']:.2f} % pruned"
         for split, a in ledger.accuracy.items()
     ]
+    if ledger.before is not None:
+        first = ledger.before
+        parts = [f"{first.kept:,} weights", f"output error {first.measured / (first.output_norm or 1.0):.5g}"]
+        parts += [f"accuracy, {split}: {100 * a['pruned']:.2f} %" for split, a in first.accuracy.items()]
+        lines.append(f"before it was trained on: {', '.join(parts)}")
     ended = {r.name: Status[r.facts.get("status", "SOLVED")] for r in ledger.records}
     missed = [f"{name} ({status.name})" for name, status in ended.items() if not status.accepted]
     if missed:

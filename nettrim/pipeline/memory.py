@@ -1,0 +1,64 @@
+"""How much memory a piece of work takes: the rise of the process's resident set, sampled while it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from types import TracebackType
+
+import psutil
+
+
+class PeakMemory:
+    """Watches the resident set of this process for the length of a ``with``.
+
+    What earlier work has let go is given back to the system first: allocators keep it, and work that is served from
+    there would seem to take less than it does. The set is read every `interval` seconds by a thread: a peak that is
+    shorter can be missed.
+
+    Parameters
+    ----------
+    interval : float
+        Seconds, positive.
+
+    Attributes
+    ----------
+    rise : float
+        MiB above what the process held at the start; at least 0.
+    """
+
+    def __init__(self, interval: float = 0.005) -> None:
+        self.interval = interval
+        self.rise = 0.0
+        self._process = psutil.Process()
+        self._before = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        _hand_back()
+        self._before = self._process.memory_info().rss
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # looked at once more after the end: work that is shorter than the interval is seen too
+        while not self._stop.wait(self.interval):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        self.rise = max(self.rise, (self._process.memory_info().rss - self._before) / 2**20)
+
+
+def _hand_back() -> None:
+    """Collect garbage, and have the C library give free memory back to the system where it can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None) if psutil.LINUX else None, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
