@@ -28,8 +28,10 @@ from nettrim.errors import (
 from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, Pattern, SparseGpt, Wanda, tolerance_curve
 from nettrim.network.finishing import Distill, FineTune
 from nettrim.pipeline.budget import Overall
+from nettrim.pipeline.compare import compare
 from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import PruneResult, prune
+from nettrim.pipeline.rows import Comparison, Row, load_comparison
 from nettrim.pipeline.verify import Verification, load_result, verify
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "Alps",
     "Certificate",
     "Clarabel",
+    "Comparison",
     "DataError",
     "Distill",
     "Evidence",
@@ -63,6 +66,7 @@ __all__ = [
     "PruneResult",
     "Radius",
     "Refined",
+    "Row",
     "RunError",
     "Scs",
     "SolveStats",
@@ -74,6 +78,8 @@ __all__ = [
     "Verification",
     "Wanda",
     "certify",
+    "compare",
+    "load_comparison",
     "load_result",
     "prune",
     "refine",

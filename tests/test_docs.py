@@ -8,7 +8,7 @@ import pytest
 from nettrim.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ROOT / "README.md", ROOT / "docs" / "certificates.md", ROOT / "docs" / "solvers.md"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("certificates", "solvers", "methods", "exact")))
 BLOCKS = [
     (path.name, i, code)
     for path in PAGES
@@ -28,7 +28,7 @@ def test_the_readme_has_two_commands_and_no_third():
 
 def test_the_shell_examples_parse():
     lines = re.findall(r"^\$ nettrim (.*)$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         _parser().parse_args(line.split())
 

@@ -12,6 +12,7 @@ paper            ``b_l = max(ε_l‖Y_l‖, √γ ‖W_l‖₁ b_{l−1})``     
 cascade product  as before with ``‖W_l‖₂``                       cascade
 cascade          ``b_l = p_l``                                   a posteriori; cascade
 l-obs            ``b_l = ‖Ẑ_l − Z_l‖ + ‖Ŵ_l‖_F b_{l−1}``         L-OBS, Theorem 3.2; any
+l-obs spectral   as before with ``‖Ŵ_l‖₂``                       the same proof; any
 operator         ``b_l = ε̂_l + ‖Ŵ_l‖₂ b_{l−1}``                  any
 telescoped       ``b_L = Σ_l ‖h_l − h_{l−1}‖``                   any; at the output
 ===============  ==============================================  =======================================
@@ -84,7 +85,11 @@ class Link:
 
 def layer_bounds(links: list[Link], schedule: str) -> list[dict[str, float]]:
     """Return for every layer the bounds on ``e_l`` that hold, by name; one that fails at a layer fails after it."""
-    rules: dict[str, Callable[[Link, float], float | None]] = {"operator": _operator, "l-obs": _l_obs}
+    rules: dict[str, Callable[[Link, float], float | None]] = {
+        "operator": _operator,
+        "l-obs": _l_obs,
+        "l-obs spectral": _l_obs_spectral,
+    }
     if schedule == "parallel":
         rules["paper"] = _paper_parallel
     else:
@@ -105,6 +110,10 @@ def _operator(link: Link, before: float) -> float:
 
 def _l_obs(link: Link, before: float) -> float:
     return link.clean_change + link.pruned_fro * before
+
+
+def _l_obs_spectral(link: Link, before: float) -> float:
+    return link.clean_change + link.pruned_l2 * before
 
 
 def _paper_parallel(link: Link, before: float) -> float | None:

@@ -80,7 +80,7 @@ def test_net_trim_never_exceeds_a_bound(method, schedule, epsilon, bias, dead, s
         model, [samples(seed + 1, 40, 6)], method, epsilon=epsilon, schedule=schedule, progress=False
     )
     assert_bounds_hold(result.ledger)
-    expected = {"operator", "l-obs", "paper", "telescoped"}
+    expected = {"operator", "l-obs", "l-obs spectral", "paper", "telescoped"}
     assert set(result.ledger.bounds) == expected | ({"cascade", "cascade product"} if schedule == "cascade" else set())
 
 
