@@ -8,7 +8,8 @@ import pytest
 from nettrim.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("certificates", "solvers", "methods", "exact")))
+NAMES = ("certificates", "solvers", "methods", "exact")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 BLOCKS = [
     (path.name, i, code)
     for path in PAGES

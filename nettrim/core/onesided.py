@@ -173,7 +173,7 @@ class OneSided:
         weight, mask : Tensor (M, N)
             The weight is not refitted after the last removals: that is `fit`.
         """
-        weight, mask = torch.where(mask, weight, 0.0), mask.clone()
+        weight, mask = torch.where(mask, weight, 0.0), mask.clone(memory_format=torch.contiguous_format)
         before = int(mask[:, ~free].sum())
         for i in range(1, steps + 1):
             goal = round(before * (kept / before) ** (i / steps)) if before > kept else kept

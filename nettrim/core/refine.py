@@ -7,9 +7,11 @@ is reached in four steps, each of which knows that inactive samples only have to
    superset of `headroom` times the count;
 2. `OneSided.eliminate` removes the rest, by optimal brain surgery under the present active set;
 3. swaps: the most promising weights are added, everything is refitted, and as many are removed;
-4. a one-sided refit on the support in float64, and where the next layers' metric is known, one in that metric.
+4. a one-sided refit on the support, and where the next layers' metric is known, one in that metric; small layers are
+   in float64 throughout, and the verdict is float64 for all.
 
-What comes out is never worse than the weight that it started from, if that has no more weights than were asked for.
+What comes out is never worse than the weight that it started from, if that has no more weights than were asked for;
+without a metric and where the search sees all samples, nor than a refit on that weight's own support.
 """
 
 from __future__ import annotations
@@ -237,9 +239,17 @@ class _Search:
         self, start: Tensor, headroom: float, swaps: int, also_full: bool
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return weight, mask, and the loss after each step."""
+        history, own = {}, (start != 0) | self.free
+        within = int(own[:, ~self.free].sum()) <= self.kept
+        if within:
+            own = _extended(self.layer, start, own, self.free, self.kept)
+            start = self.layer.fit(start, own, _SETTLE)[0]
+            history["start refitted"] = self._loss(start) ** 0.5
         found, mask = self._eliminate(*self._superset(start, headroom))
         loss = self._loss(found)
-        history = {"eliminated": loss**0.5}
+        history["eliminated"] = loss**0.5
+        if within and self._loss(start) < loss:
+            found, mask, loss = start, own, self._loss(start)
         if also_full:
             other, other_mask = self._eliminate(start, torch.ones_like(mask))
             history["from everything"] = self._loss(other) ** 0.5
@@ -291,7 +301,7 @@ def _extended(layer: OneSided, weight: Tensor, mask: Tensor, free: Tensor, count
     missing = count - int(mask[:, ~free].sum())
     missing = min(missing, int((~mask).sum()))
     gains = torch.where(mask, -1.0, layer.gains(weight)).flatten()
-    mask = mask.clone()
+    mask = mask.clone(memory_format=torch.contiguous_format)
     mask.view(-1)[torch.argsort(gains, descending=True, stable=True)[: max(0, missing)]] = True
     return mask
 
@@ -304,7 +314,7 @@ def _checked(
         raise ProblemError("form='halfspace' is not refined: use form='ball', which has the same guarantee.")
     assert problem.penalty is not None
     shape = (problem.n_outputs, problem.n_inputs)
-    start = as_float_tensor("weight", weight).to(problem.inputs.device, torch.float64)
+    start = as_float_tensor("weight", weight).to(problem.inputs.device, torch.float64).contiguous()
     if start.shape != shape:
         raise ProblemError(f"weight has shape {tuple(start.shape)}: it must be {shape}, as the problem's.")
     free = (problem.penalty == 0).all(0)

@@ -414,7 +414,7 @@ def _finish(
     if groups and isinstance(settings, Distill):
         last = int((1 - settings.final_share) * steps)
         gradual = GradualPruning(model, support, groups, inputs, last, settings.every, settings.saliency_rows, seed)
-    start, masks = copy.deepcopy(model.state_dict()), support.masks
+    start = copy.deepcopy(model.state_dict())
     try:
         history = run_epochs(
             model, inputs, wanted, loss, optimiser, schedule,
@@ -427,7 +427,6 @@ def _finish(
     except ProblemError:
         # most often the rate was too high: what came of it is worth nothing
         model.load_state_dict(start)
-        support.set(masks)
         raise
     counts = support.counts()
     assert all(sum(counts[name] for name in names) == count for names, count in groups)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nettrim.errors import ProblemError
-from nettrim.network.training import train
+from nettrim.errors import ProblemError, UnknownNameError
+from nettrim.network.training import History, Support, run_epochs, train
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -131,3 +131,128 @@ def test_a_loss_that_explodes_says_so_and_leaves_evaluation_mode():
     with pytest.raises(ProblemError, match=r"loss is (nan|inf) in epoch"):
         train(model, X * 1e20, Y, epochs=5, learning_rate=1e30, batch_size=8)
     assert not model.training
+
+
+def loop(model: nn.Module, epochs: int = 6, learning_rate: float = 0.05, weight_decay: float = 0.0, **more) -> History:
+    """The shared loop, at a constant rate."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    more = {"batch_size": 8, "seed": 0, "dropout": False} | more
+    return run_epochs(model, X, Y, nn.functional.cross_entropy, optimiser, schedule, epochs=epochs, **more)
+
+
+def half(model: nn.Module) -> dict[str, Tensor]:
+    return {"0": torch.rand(model[0].weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_pruned_weights_are_zero_after_every_step(weight_decay):
+    model = network()
+    masks = half(model)
+    dense = model[3].weight.clone()
+    support = Support(model, masks)
+    seen = []
+
+    def look() -> bool:
+        seen.append(torch.equal(model[0].weight != 0, masks["0"]))
+        return True
+
+    loop(model, weight_decay=weight_decay, support=support, before_step=look)
+    assert len(seen) == 6 * 7
+    assert all(seen)
+    assert torch.equal(model[0].weight != 0, masks["0"])
+    assert bool((model[3].weight != dense).all())
+    assert support.counts() == {"0": int(masks["0"].sum())}
+
+
+def test_masks_can_change_on_the_way():
+    model = network()
+    support = Support(model, half(model))
+    steps = []
+
+    def narrow() -> bool:
+        steps.append(1)
+        if len(steps) == 10:
+            mask = support.masks["0"].clone()
+            mask[0] = False
+            support.set({"0": mask})
+        return len(steps) >= 10
+
+    loop(model, support=support, before_step=narrow)
+    assert not model[0].weight[0].any()
+    assert torch.equal(model[0].weight != 0, support.masks["0"])
+
+
+def test_an_interrupt_leaves_exact_zeros_and_evaluation_mode():
+    model = network()
+    masks = half(model)
+    support = Support(model, masks)
+    calls = []
+
+    def interrupt(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 12:
+            with torch.no_grad():
+                model[0].weight.fill_(torch.nan)  # as an optimiser's step would that was cut short
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loop(model, support=support, dropout=True)
+    handle.remove()
+    assert bool((model[0].weight[~masks["0"]] == 0).all())
+    assert not model.training
+
+
+def test_the_best_weights_on_the_rows_held_out_are_left():
+    # so high a rate that the loss goes up and down
+    model = network()
+    history = loop(model, epochs=9, learning_rate=0.5, held_out=(X[:10], Y[:10]))
+    assert len(history.losses) == 9
+    assert len(history.held_out_losses) == 10
+    assert history.best_epoch == min(range(10), key=lambda epoch: history.held_out_losses[epoch])
+    assert 0 < history.best_epoch < 9
+    loss = nn.functional.cross_entropy(model(X[:10]), Y[:10]).item()
+    assert loss == pytest.approx(history.held_out_losses[history.best_epoch], rel=1e-6)
+
+
+def test_patience_ends_it_and_nothing_better_leaves_the_start():
+    model = network()
+    before = weights(model)
+    # labels that contradict those trained on: it only gets worse
+    history = loop(model, epochs=30, held_out=(X, 1 - Y), patience=3)
+    assert len(history.losses) == 3
+    assert history.best_epoch == 0
+    assert torch.equal(weights(model), before)
+
+
+def test_epochs_before_the_support_is_settled_do_not_count():
+    model = network()
+    steps = []
+
+    def before_step() -> bool:
+        steps.append(1)
+        return len(steps) > 2 * 7 + 3
+
+    # the loss rises from the start on, so that the first epoch that counts is the best
+    history = loop(model, epochs=8, held_out=(X, 1 - Y), patience=2, before_step=before_step)
+    assert history.best_epoch == 3
+    assert len(history.losses) == 5
+
+
+@pytest.mark.parametrize(
+    ("masks", "error", "said"),
+    [
+        ({}, ProblemError, "masks is empty"),
+        ({"1": torch.ones(8, 4).bool()}, UnknownNameError, "no Linear layer '1'"),
+        ({"0": torch.ones(8, 4)}, ProblemError, r"layer '0' is torch.float32 of shape \(8, 4\); pass bool"),
+        ({"0": torch.ones(4, 8).bool()}, ProblemError, r"\(4, 8\); pass bool of shape \(8, 4\)"),
+        ({"0": [[True]]}, ProblemError, "layer '0' is list"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks, error, said):
+    model = network()
+    before = weights(model)
+    with pytest.raises(error, match=said):
+        Support(model, masks)
+    assert torch.equal(weights(model), before)
