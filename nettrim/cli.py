@@ -15,7 +15,7 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -191,6 +191,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     method = _method(options)
     _check_numbers(options)
+    sparsity = _one_sparsity(options)
     model = load_model(options.model, options.weights)
     data = load(options.data, download=options.download)
     result = prune(
@@ -198,7 +199,7 @@ def _prune(options: argparse.Namespace) -> int:
         _batches(data.train, options.samples),
         method,
         epsilon=options.epsilon,
-        sparsity=_one_sparsity(options),
+        sparsity=sparsity,
         kept=options.kept,
         lam=options.lam,
         tolerance=options.tolerance,
@@ -236,8 +237,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _code(*ledgers: Ledger) -> int:
     """Return 1 where a layer is not certified within its tolerance; methods that certify nothing have no status."""
-    found = (record.facts.get("status", "SOLVED") for ledger in ledgers for record in ledger.records)
-    return int(any(not nettrim.Status[status].accepted for status in found))
+    return int(any(ledger.uncertified for ledger in ledgers))
 
 
 def _solve(options: argparse.Namespace) -> int:
@@ -347,6 +347,8 @@ def _method(options: argparse.Namespace) -> str | Method:
         said = {"cascade": "rule", "evidence": "no-evidence"}
         flags = ", ".join("--" + said.get(key, key.replace("_", "-")) for key in given)
         raise ProblemError(f"{flags} given, which only net-trim reads, and the method is {name!r}: leave them out.")
+    if options.swaps is not None and options.swaps < 0:
+        raise ProblemError(f"--swaps {options.swaps} is out of range: at least 0.")
     return NetTrim(**given)
 
 
@@ -361,16 +363,29 @@ def _one_sparsity(options: argparse.Namespace) -> Any:
 
 def _sparsity(text: str) -> Any:
     """Read ``0.9``, ``2:4`` or ``fc1=0.9,fc2=2:4``."""
-    if "=" not in text:
-        return read_sparsity(text)
-    return {name: read_sparsity(number) for name, _, number in (part.partition("=") for part in text.split(","))}
+    return _read_each(text, read_sparsity)
 
 
-def _amount(text: str) -> float | dict[str, float]:
+def _amount(text: str) -> Any:
     """Read ``0.1`` or ``fc1=0.1,fc2=0.2``."""
+
+    def read(number: str) -> float:
+        try:
+            return float(number)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{number!r} is no number: write 0.1 or NAME=0.1,NAME=0.2") from error
+
+    return _read_each(text, read)
+
+
+def _read_each(text: str, read: Callable[[str], Any]) -> Any:
     if "=" not in text:
-        return float(text)
-    return {name: float(number) for name, _, number in (part.partition("=") for part in text.split(","))}
+        return read(text)
+    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    names = [name for name, _, _ in parts]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} does not give each layer one number: write NAME=NUMBER,NAME=NUMBER")
+    return {name: read(number) for name, _, number in parts}
 
 
 def _batches(split: Any, count: int, size: int = 1000) -> list[Any]:

@@ -278,7 +278,10 @@ def read_sparsity(text: str) -> float | Pattern:
 
 
 def _shares(text: str) -> list[float]:
-    return [float(share) for share in _names(text)]
+    try:
+        return [float(share) for share in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction of zeros: write 0.9 or 0.9,0.95") from error
 
 
 def _names(text: str) -> list[str]:

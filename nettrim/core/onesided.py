@@ -23,6 +23,7 @@ from nettrim.core.problem import LayerProblem
 # few samples are active
 _RIDGE = 1e-7
 _ENTRIES = 2**24  # float64 entries of the inverses that are held at a time: 128 MiB
+_CURVATURE = 10_000  # samples that the Hessian is the sum over, scaled up to all
 _ARMIJO = 1e-4
 _SETTLED = 1e-7  # of the loss: a step that promises less is the last
 
@@ -88,21 +89,24 @@ class OneSided:
         residual : Tensor (P,)
             Without the offset; its squares, offset added, sum to no more than at the start.
         hessian : Tensor (S, S)
-            ``X_ASᵀ X_AS`` where the last step started, with its ridge.
+            ``X_ASᵀ X_AS`` where the last step started, with its ridge; from some of the samples where there are many.
         """
         x = self.inputs[support]
+        # of many samples some give the curvature well enough: the slope, and what is accepted, is of all
+        stride = max(1, x.shape[1] // _CURVATURE)
+        few = x[:, ::stride].contiguous() if stride > 1 else x
         active = None if self.active is None else self.active[neuron]
         residual = self.residual(weight @ x, neuron)
         shifted = residual if offset is None else residual + offset
         loss = float(shifted @ shifted)
         hessian = x.new_zeros(len(support), len(support))
         for _ in range(steps):
-            counted, pull = x, shifted
+            pull, some = shifted, few
             if active is not None:
                 # off the active set only what stands above the ceiling has a slope
                 on = active | (residual > 0)
-                counted, pull = x * on, torch.where(on, shifted, 0.0)
-            slope, hessian = counted @ pull, _ridged(counted @ x.T)
+                pull, some = torch.where(on, shifted, 0.0), few * on[::stride]
+            slope, hessian = x @ pull, _ridged(some @ few.T * (x.shape[1] / few.shape[1]))
             direction = _solve(hessian, slope)
             promised = max(0.0, float(direction @ slope))  # by how much the quadratic falls
             length, before, moved = 1.0, loss, False

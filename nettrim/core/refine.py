@@ -170,7 +170,7 @@ def refine(
     kind = working_dtype(problem)
     chosen = None
     if problem.samples > rows:
-        chosen = torch.linspace(0, problem.samples - 1, rows, device=problem.inputs.device).long()
+        chosen = torch.arange(rows, device=problem.inputs.device) * (problem.samples - 1) // max(1, rows - 1)
     bar = tqdm(total=2 * steps + swaps * steps, desc="refine", leave=False, disable=None if progress else True)
     with bar:
         search = _Search(OneSided.of(problem, kind, chosen), free, weights, kept, steps, bar.update)

@@ -13,12 +13,13 @@ import time
 import torch
 
 from nettrim.core.onesided import OneSided
-from nettrim.core.problem import LayerProblem, check_count
+from nettrim.core.problem import LayerProblem, check_amount, check_count
 from nettrim.core.refine import Refined, conclude
 from nettrim.core.solvers import Solver, solve_problem
 from nettrim.errors import ProblemError
 
 _DELTA = 0.1  # of the mean kept weight: below it a weight counts as small
+_TINY = float(torch.finfo(torch.float64).tiny ** 0.5)
 
 
 def reweighted(
@@ -51,7 +52,7 @@ def reweighted(
     Raises
     ------
     ProblemError
-        `kept` is out of range, or the form is "halfspace".
+        `kept`, `rounds`, `epsilon` or `tol` is out of range, or the form is "halfspace".
     """
     began = time.monotonic()
     if problem.form == "halfspace":
@@ -59,9 +60,11 @@ def reweighted(
     assert problem.penalty is not None
     free = (problem.penalty == 0).all(0)
     available = int((~free).sum()) * problem.n_outputs
-    if not 1 <= check_count("kept", kept) <= available:
+    kept, rounds = check_count("kept", kept), check_count("rounds", rounds)
+    if kept > available:
         raise ProblemError(f"kept={kept} is out of range: the layer has {available} weights beside its free columns.")
-    radius = epsilon * float(problem.targets.double().norm())
+    # where all targets are zero, any radius gives the zero weight
+    radius = check_amount("epsilon", epsilon) * float(problem.targets.double().norm()) or _TINY
     penalty = problem.penalty
     history: dict[str, float] = {}
     best: torch.Tensor | None = None
@@ -80,10 +83,13 @@ def reweighted(
         # of the supports that hold enough, the last: it has been reweighted most
         if count >= kept or best is None or int((best[:, ~free] != 0).sum()) < count < kept:
             best = solved.weight.double()
-        typical = float(size[:, ~free].sum()) / max(1, count)
-        penalty = typical / (size + _DELTA * max(typical, torch.finfo(torch.float64).tiny ** 0.5))
+        if not count:  # nothing to weigh by, and all of it would become free
+            radius *= 0.5
+            continue
+        typical = float(size[:, ~free].sum()) / count
+        penalty = typical / (size + _DELTA * typical)
         penalty[:, free] = 0.0
-        radius *= min(1.5, max(0.67, (count / kept) ** 0.5)) if count else 0.5
+        radius *= min(1.5, max(0.67, (count / kept) ** 0.5))
     assert best is not None
     scores = torch.where(free, -1.0, best.abs()).flatten()
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)

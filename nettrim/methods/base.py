@@ -140,6 +140,14 @@ class LooksAhead(Protocol):
         """Whether it does, for that amount."""
 
 
+@runtime_checkable
+class ChecksAmount(Protocol):
+    """A method whose settings do not go with every amount that it takes: the driver asks before any work."""
+
+    def check_amount(self, amount: str, biased: bool) -> None:
+        """Raise `UnsupportedError` where they do not; `biased` says whether any layer to prune has a bias."""
+
+
 def with_bias_column(inputs: Tensor) -> Tensor:
     """Return ``[X, 1] (P, N + 1)``."""
     return torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], dim=1)

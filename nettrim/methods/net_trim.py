@@ -99,12 +99,28 @@ class NetTrim:
             raise ProblemError(f"NetTrim's gamma={self.gamma} is out of range: γ ≥ 1, or no weight may fit.")
         if not 0 < self.kappa <= 1:
             raise ProblemError(f"NetTrim's kappa={self.kappa} is out of range: it lies in (0, 1].")
+        if isinstance(self.swaps, bool) or not isinstance(self.swaps, int) or self.swaps < 0:
+            raise ProblemError(f"NetTrim's swaps={self.swaps!r} is out of range: give a whole number ≥ 0.")
         make_solver(self.solver)
         check_limits(self.tol, self.max_seconds, self.on_failure)
 
     def looks_ahead(self, amount: str) -> bool:
         """Whether it weighs a layer's errors by what the next layers will make of them."""
         return amount in COUNTS
+
+    def check_amount(self, amount: str, biased: bool) -> None:
+        """Refuse the published programs' own settings where a number of weights is asked for.
+
+        Raises
+        ------
+        UnsupportedError
+            With ``form="halfspace"``, and with ``bias="penalised"`` where there is a bias.
+        """
+        if amount in COUNTS and (self.form == "halfspace" or (self.bias == "penalised" and biased)):
+            raise UnsupportedError(
+                f"a number of weights needs NetTrim's form='ball' and bias='free' or 'frozen': form={self.form!r} and "
+                f"bias={self.bias!r} were given, with {amount}."
+            )
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Set the program up, solve it, and round it to the model's dtype before it is certified."""
@@ -129,11 +145,7 @@ class NetTrim:
     def _prune_to_count(self, task: LayerTask) -> LayerResult:
         """Refine at the count, and let the convex program at the error that was reached say what it is worth."""
         began = time.monotonic()
-        if self.form == "halfspace" or (self.bias == "penalised" and task.bias is not None):
-            raise UnsupportedError(
-                f"a number of weights needs NetTrim's form='ball' and bias='free' or 'frozen': form={self.form!r} and "
-                f"bias={self.bias!r} were given, with {task.amount}={task.value}."
-            )
+        self.check_amount(task.amount, task.bias is not None)
         facts = self._given(task)
         # the radius plays no part in the search
         problem = layer_problem(facts | {"radius": 1.0, "lam": None}, task.inputs, task.targets, task.weight, task.bias)
@@ -147,10 +159,13 @@ class NetTrim:
                 wanted = wanted - task.bias
             dense = join_bias(task.weight, task.bias, facts["bias"])
             spectrum = Spectrum.of(gram(problem.inputs), torch.float32)
-            weigh = dense.new_ones(len(dense)) if task.importance is None else neuron_importance(task.importance)
+            importance = task.importance
+            if importance is not None and not bool((importance.diagonal() > 0).any()):
+                importance = None  # the layers behind will read nothing of this one: all its neurons count the same
+            weigh = dense.new_ones(len(dense)) if importance is None else neuron_importance(importance)
             start, _ = l0_support(spectrum, problem.inputs.T @ wanted, dense.float(), task.kept, free, weigh)
             refined = refine(
-                problem, start, kept=task.kept, importance=task.importance, swaps=self.swaps, round_to=task.dtype
+                problem, start, kept=task.kept, importance=importance, swaps=self.swaps, round_to=task.dtype
             )
         weight, bias = split_bias(refined.weight, task.bias, facts["bias"])
         facts |= {"status": Status.REFINED.name, "seconds_search": refined.seconds, "search": refined.history}

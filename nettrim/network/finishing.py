@@ -42,6 +42,7 @@ from nettrim.network.training import (
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _WARM_UP = 50  # steps over which the learning rate rises
+_EPOCHS, _STEPS = 20, 4000  # unless the user says how many epochs: the more of the two
 _BLOCK = 4096  # rows in one pass without gradients
 _SPREAD = 1 / 3  # the temperature, in units of the spread of the dense network's outputs
 
@@ -82,8 +83,8 @@ class FineTune:
 
     Parameters
     ----------
-    epochs : int
-        At most, at least 1.
+    epochs : int or None
+        At most, at least 1. None takes 20, or as many as make 4,000 steps where the samples are few.
     learning_rate : float
         Of the first step, positive.
     batch_size : int
@@ -102,8 +103,8 @@ class FineTune:
         A setting is out of its range.
     """
 
-    epochs: int = 20
-    learning_rate: float = 1e-3
+    epochs: int | None = None
+    learning_rate: float = 3e-3
     batch_size: int = 128
     weight_decay: float = 0.0
     validation: float = 0.1
@@ -165,8 +166,8 @@ class Distill:
 
     Parameters
     ----------
-    epochs : int
-        At least 1.
+    epochs : int or None
+        At least 1. None takes 20, or as many as make 4,000 steps where the samples are few.
     learning_rate : float
         After 50 steps of warm-up, positive.
     batch_size : int
@@ -202,7 +203,7 @@ class Distill:
         A setting is out of its range.
     """
 
-    epochs: int = 20
+    epochs: int | None = None
     learning_rate: float = 5e-3
     batch_size: int = 256
     loss: str = "kl"
@@ -366,7 +367,7 @@ def _groups(support: Support, choose: str, targets: Mapping[str, int] | int | No
         raise ProblemError(f"targets name {sorted(set(targets) - set(counts))}, which have no mask; add their masks")
     if choose == "fixed":
         held = {name: counts[name] for name in targets} if isinstance(targets, Mapping) else sum(counts.values())
-        if targets is not None and targets != held:
+        if targets is not None and held != (dict(targets) if isinstance(targets, Mapping) else targets):
             raise ProblemError(f"targets={targets} with fixed masks that hold {held}; prune to the targets first")
         return []
     if isinstance(targets, Mapping):
@@ -408,17 +409,18 @@ def _finish(
     held, rows = drawn[:apart], drawn[apart:]
     inputs, wanted = samples[rows], targets[rows]
     per_epoch = math.ceil(len(inputs) / settings.batch_size)
-    steps = settings.epochs * per_epoch
+    epochs = settings.epochs or max(_EPOCHS, math.ceil(_STEPS / per_epoch))
+    steps = epochs * per_epoch
     optimiser, schedule = settings._optimiser(parameters, steps)
     gradual = None
     if groups and isinstance(settings, Distill):
         last = int((1 - settings.final_share) * steps)
         gradual = GradualPruning(model, support, groups, inputs, last, settings.every, settings.saliency_rows, seed)
-    start = copy.deepcopy(model.state_dict())
+    start, masks = copy.deepcopy(model.state_dict()), support.masks
     try:
         history = run_epochs(
             model, inputs, wanted, loss, optimiser, schedule,
-            epochs=settings.epochs, batch_size=settings.batch_size, seed=seed,
+            epochs=epochs, batch_size=settings.batch_size, seed=seed,
             dropout=isinstance(settings, FineTune), support=support,
             before_step=None if gradual is None else gradual.before_step,
             held_out=(samples[held], targets[held]) if apart else None, patience=settings.patience,
@@ -427,6 +429,7 @@ def _finish(
     except ProblemError:
         # most often the rate was too high: what came of it is worth nothing
         model.load_state_dict(start)
+        support.set(masks)
         raise
     counts = support.counts()
     assert all(sum(counts[name] for name in names) == count for names, count in groups)
@@ -473,7 +476,8 @@ def _dense_outputs(teacher: nn.Module, model: nn.Module, samples: Tensor) -> Ten
 
 
 def _check_common(settings: FineTune | Distill) -> None:
-    check_count("epochs", settings.epochs)
+    if settings.epochs is not None:
+        check_count("epochs", settings.epochs)
     check_count("batch_size", settings.batch_size)
     if not 0 <= settings.validation < 1:
         raise ProblemError(f"validation is {settings.validation!r}; pass a fraction of the samples in [0, 1)")

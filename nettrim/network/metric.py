@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nettrim.errors import UnsupportedError
 from nettrim.network.calibrate import Batch
-from nettrim.network.edit import evaluating, find_linear
+from nettrim.network.edit import evaluating, find_linear, first_line
 from nettrim.network.trace import LayerSpec
 
 _DIRECTIONS = 32  # outputs up to which each has its own backward pass; beyond, as many random signs stand for all
@@ -50,9 +50,10 @@ def error_metrics(
 
     def hook_for(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # slopes are taken here, so no parameter and no input needs one
+            start = output if output.requires_grad else output.detach().requires_grad_()
             # positive, the ReLU behind hands it on as it is: the slope at its output is the slope here
-            tiny = torch.finfo(output.dtype).tiny
-            handed[name] = output.clamp(min=tiny) if specs[name].relu else output.clone()
+            handed[name] = start.clamp(min=torch.finfo(output.dtype).tiny) if specs[name].relu else start.clone()
             return handed[name]
 
         return hook
@@ -60,30 +61,45 @@ def error_metrics(
     like = find_linear(model, layers[0].name).weight
     signs = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
-    rows = 0
+    rows = dict.fromkeys(specs, 0)
     handles = [find_linear(model, name).register_forward_hook(hook_for(name)) for name in specs]
     try:
         for batch in batches:
-            # gradients flow back from the outputs through the inputs: no parameter needs one
-            inputs = [tensor.to(like.device, like.dtype).requires_grad_() for tensor in batch.inputs]
-            kwargs = {key: tensor.to(like.device) for key, tensor in batch.kwargs.items()}
+            inputs = [_moved(tensor, like) for tensor in batch.inputs]
+            kwargs = {key: _moved(tensor, like) for key, tensor in batch.kwargs.items()}
             with evaluating(model), torch.enable_grad():
                 outputs = model(*inputs, **kwargs)
-            if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-                raise UnsupportedError("the network does not return one tensor (P, C): its errors cannot be weighed.")
-            centred = outputs - outputs.mean(1, keepdim=True) if outputs.shape[1] > 1 else outputs
-            for direction in _directions(outputs.shape[1], signs).to(outputs):
-                slopes = torch.autograd.grad(
-                    centred @ direction, [handed[name] for name in specs], torch.ones(len(batch)).to(outputs), True
-                )
-                for name, slope in zip(specs, slopes, strict=True):
-                    flat = slope.reshape(-1, slope.shape[-1])
-                    totals[name] = totals.get(name, 0) + (flat.T @ flat).double()
-            rows += len(batch)
+                if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+                    raise UnsupportedError(
+                        "the network does not return one tensor (P, C): its errors cannot be weighed."
+                    )
+                centred = outputs - outputs.mean(-1, keepdim=True) if outputs.shape[-1] > 1 else outputs
+                for direction in _directions(outputs.shape[-1], signs).to(outputs):
+                    for name, slope in zip(specs, _slopes(centred @ direction, handed, list(specs)), strict=True):
+                        flat = slope.reshape(-1, slope.shape[-1])
+                        totals[name] = totals.get(name, 0) + (flat.T @ flat).double()
+            for name in specs:
+                rows[name] += handed[name].shape[:-1].numel()
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / rows for name, total in totals.items()}
+    return {name: total / rows[name] for name, total in totals.items()}
+
+
+def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+    # copied, because a first layer that works in place would otherwise change the user's data
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _slopes(values: Tensor, handed: dict[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
+    """Return the gradients of the sum of some values in what each layer handed on."""
+    try:
+        return torch.autograd.grad(values.sum(), [handed[name] for name in names], retain_graph=True)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"no gradient leads from the network's output to {', '.join(names)} ({first_line(error)}): make what lies "
+            "between differentiable, and nothing in it work in place on what another step needs."
+        ) from error
 
 
 def _directions(outputs: int, signs: torch.Generator) -> Tensor:

@@ -1,13 +1,8 @@
-"""What each neuron and each weight counts for at the network's outputs: the figures that budgets are allocated by.
+"""What each weight counts for at the network's outputs, and pruning by it while a network is trained.
 
-Both are means over samples of squared derivatives of the outputs ``z``, one backward pass for each class:
-
-- of a neuron, ``om_j = E Σ_c (∂z_c/∂a_j)²``, what an error of size one in its activation costs at the outputs;
-- of a weight, ``W_mn² · E Σ_c (∂z_c/∂W_mn)²``, what its removal adds to ``‖z − z₀‖²`` to second order, other weights
-  left alone: the saliency of LeCun, Denker, Solla, "Optimal Brain Damage", NIPS 1989, with the Gauss-Newton diagonal.
-
-Weights are kept by what they count for while a network is trained. Layers are found by module hooks, and ReLUs in the
-autograd graph, so that a call of `F.relu` is seen as `nn.ReLU` is.
+``W_mn² · E Σ_c (∂z_c/∂W_mn)²`` is what the removal of a weight adds to ``‖z − z₀‖²`` to second order, other weights
+left alone: the saliency of LeCun, Denker, Solla, "Optimal Brain Damage", NIPS 1989, with the Gauss-Newton diagonal. It
+takes one backward pass for each output ``z_c``. Layers are found by module hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
 
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.network.edit import evaluating, find_linear, first_line
@@ -27,71 +21,14 @@ from nettrim.network.training import Support, check_inputs
 
 _ENTRIES = 2**24  # of the gradients (B, M, N) of single samples that are held at a time
 _ROUNDS = 20  # at the least, in which weights are taken away
-_RELU = {"ReluBackward0"}
-# steps between a layer and its ReLU that keep every number in its place
-_RESHAPES = {"CloneBackward0", "AliasBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a layer: what went in, what came out before any activation, and the graph's node of the latter."""
+    """One call of a layer: what went in, and what came out before any activation."""
 
     inputs: Tensor
     pre: Tensor
-    node: Node
-
-
-def output_sensitivity(
-    model: nn.Module, inputs: Tensor, names: Sequence[str], *, centred: bool = True, batch_size: int = 512
-) -> dict[str, Tensor]:
-    """Return how much the outputs depend on each neuron: ``om_j``, the mean over samples of ``Σ_c (∂z_c/∂a_j)²``.
-
-    ``a`` is what the layer hands on: its output after the ReLU, if one is applied to it directly or after a reshape,
-    else the output itself. So the ReLU's own gate is not in the derivative, and a neuron that is silent for a sample
-    counts for it all the same.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Maps (B, ...) to (B, C). Run in evaluation mode; left as it was, gradients included.
-    inputs : Tensor, shape (P, ...)
-        Floating and finite; moved to the model's device and dtype.
-    names : sequence of str
-        Qualified names of Linear layers, each of which forward calls exactly once.
-    centred : bool
-        Take ``z_c − mean_c z_c`` for ``z_c``: to add the same to all outputs changes no class. A single output is
-        never centred.
-    batch_size : int
-        Samples in one pass. It decides memory and, by rounding alone, the result.
-
-    Returns
-    -------
-    dict of str to Tensor, shape (M,)
-        float64, not negative, in the order of `names`. Where a layer is applied to (B, ..., N), the middle dimensions
-        are positions of a sample, and a neuron's squares are summed over them.
-
-    Raises
-    ------
-    ProblemError
-        `inputs` are refused or do not fit the model, or a derivative is NaN or infinite.
-    UnknownNameError
-        A name is not that of a Linear layer.
-    UnsupportedError
-        A layer is not called exactly once, the outputs do not depend on it, or are not one tensor (B, C); or what a
-        layer hands on is reshaped and then changed in place.
-    """
-    totals: dict[str, Tensor] = {}
-    for calls, outputs in _passes(model, inputs, names, batch_size):
-        users = _users(outputs)
-        edges = [GradientEdge(_activation(call.node, users), 0) for call in calls]
-        if centred and outputs.shape[1] > 1:
-            with torch.enable_grad():
-                outputs = outputs - outputs.mean(1, keepdim=True)
-        for gradients in _by_class(outputs, edges, names):
-            for name, call, gradient in zip(names, calls, gradients, strict=True):
-                squares = gradient.reshape(-1, call.pre.shape[-1]).double().square().sum(0)
-                totals[name] = totals[name] + squares if name in totals else squares
-    return {name: _finite(totals[name] / len(inputs), name) for name in names}
 
 
 def gauss_newton_saliency(
@@ -283,11 +220,9 @@ def _hooked(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Call]
             # in a model whose parameters need no gradient, the graph begins here
             pre = output if output.requires_grad else output.detach().requires_grad_()
             # a copy is handed on, because a ReLU that works in place would overwrite what is noted
-            handed = pre.clone()
             entering = args[0] if args else kwargs["input"]
-            assert handed.grad_fn is not None
-            calls[name] = _Call(entering.detach(), pre, handed.grad_fn)
-            return handed
+            calls[name] = _Call(entering.detach(), pre)
+            return pre.clone()
 
         return hook
 
@@ -300,9 +235,7 @@ def _hooked(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Call]
             handle.remove()
 
 
-def _by_class(
-    outputs: Tensor, sources: Sequence[Tensor] | Sequence[GradientEdge], names: Sequence[str]
-) -> Iterator[tuple[Tensor, ...]]:
+def _by_class(outputs: Tensor, sources: Sequence[Tensor], names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
     """Yield the derivatives of one output after the other; samples do not mix, so one pass serves all of them."""
     classes = outputs.shape[1]
     for index in range(classes):
@@ -315,39 +248,6 @@ def _by_class(
             if gradient is None:
                 raise UnsupportedError(f"the model's outputs do not depend on layer {name!r}; leave it out")
         yield gradients
-
-
-def _users(outputs: Tensor) -> dict[Node, list[Node]]:
-    """Return which steps of the graph read each step's result."""
-    users: dict[Node, list[Node]] = {}
-    waiting = [] if outputs.grad_fn is None else [outputs.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        reader = waiting.pop()
-        for source, _ in reader.next_functions:
-            if source is None:
-                continue
-            users.setdefault(source, []).append(reader)
-            if source not in seen:
-                seen.add(source)
-                waiting.append(source)
-    return users
-
-
-def _activation(node: Node, users: dict[Node, list[Node]]) -> Node:
-    """Return the ReLU that alone reads a step's result, or the step itself."""
-    step = node
-    while len(users.get(step, [])) == 1:
-        (step,) = users[step]
-        if step.name() in _RELU:
-            return step
-        if step.name().endswith("CopySlices"):
-            raise UnsupportedError(
-                "the model changes a reshaped output in place, which hides whether that is a ReLU; use inplace=False"
-            )
-        if step.name() not in _RESHAPES:
-            break
-    return node
 
 
 def _squared_sample_gradients(gradient: Tensor, inputs: Tensor) -> Tensor:

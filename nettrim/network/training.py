@@ -154,7 +154,7 @@ def run_epochs(
         Train in training mode: dropout is on, and batch normalisation uses and updates the statistics of batches. Else
         in evaluation mode, where both are as they will be in use.
     support : Support, optional
-        The weights that there are: all others are zero after every step, and whatever ends the loop.
+        The weights that there are: all others are zero from the start on, after every step, and whatever ends the loop.
     before_step : callable, optional
         Called before every step. May change the support; returns whether that is done with.
     held_out : pair of Tensor, optional
@@ -190,6 +190,8 @@ def run_epochs(
                 torch.cuda.manual_seed(seed)
         model.train(dropout)
         try:
+            if support is not None:
+                support.clear()
             if watch is not None:
                 watch.look(settled)
             for epoch in tqdm(range(epochs), title, leave=False, disable=None if progress else True):
@@ -268,7 +270,7 @@ class Support:
     Parameters
     ----------
     model : nn.Module
-        Weights off the masks are set to zero at once, and by every method.
+        Weights off the masks are set to zero by `set`, `apply` and `clear`, not before.
     masks : mapping from str to bool Tensor (M, N)
         From the names of Linear layers; True = kept. Layers that are not named are dense.
 
@@ -295,12 +297,11 @@ class Support:
                     f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 )
                 raise ProblemError(f"the mask of layer {name!r} is {found}; pass bool of shape {shape}")
-        self.set(masks)
+        self._take(masks)
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """Take other masks of the same layers."""
-        self.masks = {name: mask.to(self._weights[name].device, copy=True) for name, mask in masks.items()}
-        self._factors = [self.masks[name].to(weight.dtype) for name, weight in self._weights.items()]
+        """Take other masks of the same layers, and set the weights off them to zero."""
+        self._take(masks)
         self.clear()
 
     def apply(self) -> None:
@@ -318,6 +319,10 @@ class Support:
     def counts(self) -> dict[str, int]:
         """Return how many weights each mask holds."""
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    def _take(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {name: mask.to(self._weights[name].device, copy=True) for name, mask in masks.items()}
+        self._factors = [self.masks[name].to(weight.dtype) for name, weight in self._weights.items()]
 
 
 def check_count(name: str, count: int) -> None:

@@ -63,7 +63,7 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
     total : int
         At least one weight for each layer.
     evaluations : int
-        Cascades that are tried, at the most.
+        Cascades that are tried, at the most; the start takes two.
     progress : bool
 
     Raises
@@ -78,11 +78,14 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
     if len(sizes) == 1 or total == sum(sizes.values()):
         return kept
     bar = tqdm(total=evaluations, desc="allocate", unit="cascade", leave=False, disable=None if progress else True)
+    left = evaluations  # a bar that is not shown does not count
     with bar:
 
         def tried(candidate: Mapping[str, int], using: Mapping[str, Tensor]) -> tuple[float, nn.Module]:
+            nonlocal left
             # thirty iterations for each layer instead of eighty: splits are compared, not used
             model = scout.prune(candidate, using, growth=1.3)
+            left -= 1
             bar.update()
             return scout.measure(model), model
 
@@ -92,12 +95,12 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
         error, best = tried(kept, metrics)
         for factor in _FACTORS:
             moved = True
-            while moved and bar.n < evaluations:
+            while moved and left > 0:
                 moved = False
                 for name in sizes:
                     for change in (factor, 1 / factor):
                         candidate = shifted(kept, sizes, name, change)
-                        if candidate == kept or bar.n >= evaluations:
+                        if candidate == kept or left <= 0:
                             continue
                         found, model = tried(candidate, metrics)
                         bar.set_postfix_str(f"error {min(found, error):.4f}")

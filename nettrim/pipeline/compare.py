@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nettrim.core.problem import check_seed
-from nettrim.core.solution import Status
 from nettrim.errors import NetTrimError, ProblemError, RunError
 from nettrim.methods import METHODS, Method, make_method
 from nettrim.network.calibrate import Batch, read_batches, record
 from nettrim.network.edit import double_copy
 from nettrim.network.trace import LayerGraph
-from nettrim.pipeline.finish import check_batches, make_finish
+from nettrim.pipeline.finish import FINISHES, check_batches, make_finish
 from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.memory import PeakMemory
 from nettrim.pipeline.plan import Plan
@@ -119,7 +118,7 @@ def compare(
     for kind in {cell.row.finish for cell in cells}:
         trained = make_finish(kind, "kept", overall=False)
         if trained is not None:
-            check_batches(trained, splits["calibration"])
+            check_batches(trained, model, splits["calibration"])
     dense = double_copy(model)
     for split in splits.values():
         record(dense, split, graph.names[-1:])  # data that do not fit the model are refused here, not in every row
@@ -164,7 +163,7 @@ def plan_grid(
 
     The arguments and errors are those of `compare`; the model need not be trained yet.
     """
-    kinds = [finish] if finish is None or isinstance(finish, str) else list(finish)
+    kinds = _kinds(finish)
     chosen = [make_method(method) for method in _several("methods", methods)]
     named = {repr(method): _label(method) for method in chosen}
     cells = []
@@ -218,6 +217,9 @@ def _measured(row: Row, ledger: Ledger) -> Row:
     error = {"calibration": ledger.measured / size}
     if ledger.held_out is not None:
         error["held-out"] = ledger.held_out
+    # what the method did is of the network that it pruned, which may have been trained on since
+    pruned = ledger if ledger.before is None else ledger.before
+    seconds = {record.name: record.seconds for record in pruned.records}
     if not all(math.isfinite(value) for value in error.values()):
         raise ProblemError(f"the error of the pruned network is {error}: its outputs are too large to be measured.")
     return replace(
@@ -229,8 +231,8 @@ def _measured(row: Row, ledger: Ledger) -> Row:
                 numel=record.numel,
                 error=record.network_error / (record.target_norm or 1.0),
                 held_out=record.held_out,
-                seconds=record.seconds,
-                certified=Status[record.facts.get("status", "SOLVED")].accepted,
+                seconds=seconds.get(record.name, 0.0),
+                certified=record.name not in ledger.uncertified,
             )
             for record in ledger.records
         ),
@@ -239,7 +241,7 @@ def _measured(row: Row, ledger: Ledger) -> Row:
         accuracy=ledger.accuracy,
         error=error,
         bound=ledger.bound / size if math.isfinite(ledger.bound) else None,
-        layer_seconds=sum(record.seconds for record in ledger.records),
+        layer_seconds=sum(seconds.values()),
     )
 
 
@@ -262,6 +264,15 @@ def _describe(model: nn.Module, graph: LayerGraph, splits: dict[str, list[Batch]
         "chain": [asdict(layer) for layer in graph.layers],
         "samples": {split: sum(len(batch) for batch in batches) for split, batches in splits.items()},
     }
+
+
+def _kinds(finish: Any) -> list[str | None]:
+    """Return how rows are finished; each must be a name, because rows are told apart by it."""
+    kinds = [finish] if finish is None or isinstance(finish, str) else finish
+    if not isinstance(kinds, (list, tuple)) or not kinds or not all(k is None or isinstance(k, str) for k in kinds):
+        found = repr(finish) if isinstance(finish, (list, tuple)) and not finish else f"a {type(finish).__name__}"
+        raise ProblemError(f"finish is {found}: give {' or '.join(FINISHES)}, None, or a list of these names.")
+    return list(kinds)
 
 
 def _several(name: str, values: Any) -> list[Any]:

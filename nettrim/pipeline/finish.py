@@ -6,6 +6,7 @@ ledger of the pruned network, whose certificates are of other weights, as `befor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods.base import COUNTS
-from nettrim.network.calibrate import Batch
-from nettrim.network.edit import frozen_copy, layer_arrays
+from nettrim.network.calibrate import Batch, outputs
+from nettrim.network.edit import evaluating, frozen_copy, layer_arrays
 from nettrim.network.finishing import Distill, FineTune, Finished
+from nettrim.network.training import check_classes, check_labels
 from nettrim.pipeline.ledger import LayerEvidence
 
 FINISHES = ("distill", "fine-tune")
@@ -78,7 +80,8 @@ def make_finish(finish: str | Finish | None, amount: str, overall: bool) -> Fini
             return FineTune()
         return Distill(choose="fixed" if not counts else "global" if overall else "layer")
     if isinstance(finish, type) or not isinstance(finish, Finish):
-        raise ProblemError(f"finish is a {type(finish).__name__}: use {' or '.join(FINISHES)}, or Distill().")
+        found = f"the class {finish.__name__}" if isinstance(finish, type) else f"a {type(finish).__name__}"
+        raise ProblemError(f"finish is {found}: use {' or '.join(FINISHES)}, or an object such as Distill().")
     if finish.choose != "fixed" and not counts:
         raise UnsupportedError(
             f"finish chooses weights ({finish.choose}) and {amount} says no number of them: give sparsity or kept."
@@ -93,20 +96,51 @@ def headroomed(finish: Finish | None, kept: Mapping[str, int], sizes: Mapping[st
     return {name: min(sizes[name], round(finish.headroom * count)) for name, count in kept.items()}
 
 
-def check_batches(finish: Finish, batches: Sequence[Batch]) -> None:
-    """Refuse batches that cannot be trained on, before any work.
+def check_batches(finish: Finish, model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Refuse what cannot be trained on, before any work; one row goes through the model.
 
     Raises
     ------
     UnsupportedError
-        A batch has other than one positional input.
+        A batch has other than one positional input, samples differ in shape, or the model does not map (P, ...) to
+        (P, C).
     ProblemError
-        Fine-tuning needs labels and there are none.
+        Fine-tuning needs classes as labels and there are none; the loss compares classes and there is a single output;
+        or no row is left to train on.
     """
     if any(len(batch.inputs) != 1 or batch.kwargs for batch in batches):
         raise UnsupportedError(f"finish={finish.name!r} needs batches of one input tensor: leave finish out.")
     if finish.name == "fine-tune" and batches[0].labels is None:
         raise ProblemError("finish='fine-tune' needs labels in batches: pass (input, label) pairs, or use 'distill'.")
+    shapes = sorted({tuple(batch.inputs[0].shape[1:]) for batch in batches})
+    if len(shapes) > 1:
+        found = " and ".join(map(str, shapes))
+        raise UnsupportedError(
+            f"finish={finish.name!r} needs samples of one shape in batches, found {found}: leave finish out."
+        )
+    sample = batches[0].inputs[0][:1]
+    outputs(model, [sample])  # refuses what cannot be run
+    sample = sample.to(next(model.parameters()), copy=True)
+    with evaluating(model), torch.no_grad():
+        shape = tuple(model(sample.clone()).shape)
+    if len(shape) != 2 or shape[0] != 1:
+        raise UnsupportedError(
+            f"finish={finish.name!r} needs a model that maps (P, ...) to (P, C), and one row of batches becomes "
+            f"{shape}: leave finish out."
+        )
+    if isinstance(finish, Distill) and finish.loss == "kl" and shape[1] == 1:
+        raise ProblemError("finish='distill' compares classes and there is one output: use Distill(loss='mse').")
+    if isinstance(finish, (Distill, FineTune)):
+        rows = sum(len(batch) for batch in batches)
+        if math.ceil(finish.validation * rows) == rows:
+            raise ProblemError(
+                f"finish has validation={finish.validation} of {rows} rows in batches, which leaves none to train on: "
+                "pass more rows, or a smaller validation."
+            )
+    if finish.name == "fine-tune":
+        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+        check_labels(labels, labels)  # that there is one for each row was seen when the batches were read
+        check_classes(model, sample, labels)
 
 
 def run_finish(
@@ -119,15 +153,31 @@ def run_finish(
     seed: int,
     progress: bool,
 ) -> tuple[nn.Module, list[LayerEvidence], dict[str, Any]]:
-    """Train a copy of the pruned network on; return it, its layers, and what was done as JSON values."""
+    """Train a copy of the pruned network on; return it, its layers, and what was done as JSON values.
+
+    Raises
+    ------
+    ProblemError
+        The object did not do what finishing is: pruned weights came back, or more are left than was said.
+    """
     model = frozen_copy(pruned)
     labels = None
     if batches[0].labels is not None:
         labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
     inputs = torch.cat([batch.inputs[0] for batch in batches])
-    done = finish.run(model, frozen_copy(dense), inputs, labels, masks, targets, seed, progress)
+    held = {name: int(mask.sum()) for name, mask in masks.items()}
+    # a weight may be zero without having been pruned, and what is not there cannot be left
+    if isinstance(targets, Mapping):
+        left: Mapping[str, int] | int | None = {name: min(held[name], count) for name, count in targets.items()}
+    else:
+        left = targets if targets is None else min(sum(held.values()), targets)
+    done = finish.run(model, frozen_copy(dense), inputs, labels, masks, left, seed, progress)
     model.requires_grad_(False)
+    final = finished_layers(layers, model)
+    wrong = overstepped(layers, final, targets)
+    if wrong:
+        raise ProblemError(f"finish={finish.name!r} is not what finishing may be: {wrong[0]}.")
     said = {
         "kind": finish.name,
         "settings": repr(finish),
@@ -139,12 +189,29 @@ def run_finish(
         "best_epoch": done.best_epoch,
         "seconds": done.seconds,
     }
-    return model, finished_layers(layers, model), said
+    return model, final, said
 
 
 def finished_layers(layers: Sequence[LayerEvidence], model: nn.Module) -> list[LayerEvidence]:
     """Return the layers with a model's weights; what certified the old ones is left out."""
     return [with_weights(layer, *layer_arrays(model, layer.name)) for layer in layers]
+
+
+def overstepped(
+    layers: Sequence[LayerEvidence], final: Sequence[LayerEvidence], targets: Mapping[str, int] | int | None
+) -> list[str]:
+    """Return in what a network that was trained on keeps more than it may; layers that were left dense do not count."""
+    pairs = [(before, after) for before, after in zip(layers, final, strict=True) if before.pruned]
+    back = {after.name: int(((after.weight != 0) & (before.weight == 0)).sum()) for before, after in pairs}
+    wrong = [f"{name} has {count} weights back that were pruned" for name, count in back.items() if count]
+    kept = {after.name: int((after.weight != 0).sum()) for _, after in pairs}
+    if isinstance(targets, Mapping):
+        more = [(name, kept[name], count) for name, count in targets.items()]
+    else:
+        more = [] if targets is None else [("all together", sum(kept.values()), targets)]
+    return wrong + [
+        f"{name} keeps {held} weights, and finishing was to leave {count}" for name, held, count in more if held > count
+    ]
 
 
 def with_weights(layer: LayerEvidence, weight: Tensor, bias: Tensor | None) -> LayerEvidence:

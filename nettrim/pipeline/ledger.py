@@ -170,6 +170,13 @@ class Ledger:
         """Weights of all pruned layers."""
         return sum(record.numel for record in self.records)
 
+    @property
+    def uncertified(self) -> dict[str, str]:
+        """Layers whose certificate missed the tolerance, and how; before it was trained on, if it was."""
+        records = self.records if self.before is None else self.before.records
+        ended = {record.name: Status[record.facts.get("status", "SOLVED")] for record in records}
+        return {name: status.name for name, status in ended.items() if not status.accepted}
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
         before = None if self.before is None else self.before.as_dict()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods import AMOUNTS, Method, make_method
-from nettrim.methods.base import COUNTS, LooksAhead
+from nettrim.methods.base import COUNTS, ChecksAmount, LooksAhead
 from nettrim.methods.masks import Pattern
 from nettrim.network.calibrate import Batch
 from nettrim.network.trace import LayerGraph, trace
@@ -80,9 +80,15 @@ class Plan:
         overall = amounts.get("sparsity")
         if not isinstance(overall, Overall):
             kind, values = resolve_amount(graph, chosen, amounts)
+            _check_settings(chosen, kind, graph)
             plan = Plan(chosen, schedule, graph, order, kind, values, finish=make_finish(finish, kind, overall=False))
             if plan.finish is not None and plan.finish.choose != "fixed":
                 final = plan.counts()
+                if "kept" not in chosen.amounts:
+                    raise UnsupportedError(
+                        f"finish chooses weights ({plan.finish.choose}), for which the method must take kept, and "
+                        f"{chosen.name!r} takes {' or '.join(chosen.amounts)}: use Distill(), which chooses none."
+                    )
                 plan = replace(plan, amount="kept", values=headroomed(plan.finish, final, plan.sizes), targets=final)
             return plan
         others = [kind for kind in AMOUNTS if kind != "sparsity" and amounts.get(kind) is not None]
@@ -92,6 +98,7 @@ class Plan:
             raise UnsupportedError(
                 f"method {chosen.name!r} takes {' or '.join(chosen.amounts)}, and sparsity={overall} was given."
             )
+        _check_settings(chosen, "kept", graph)
         total = overall.kept(sum(layer.in_features * layer.out_features for layer in graph.selected))
         if total < len(graph.selected):
             raise ProblemError(f"{overall} leaves {total} weights for {len(graph.selected)} layers: lower it.")
@@ -115,7 +122,7 @@ class Plan:
             In float64.
         calibration : sequence of Batch
         started : mapping or None
-            Settings of a run to go on with: a split that it found for the same wish is taken over.
+            Settings of a run to go on with, the same but for the split that it found, which is taken over.
         seed : int
         progress : bool
         """
@@ -127,7 +134,7 @@ class Plan:
         if self.overall:
             total = self.overall.kept(sum(self.sizes.values()))
             choose = "fixed" if self.finish is None else self.finish.choose
-            if started is not None and started.get("overall") == str(self.overall):
+            if started is not None:
                 plan = replace(plan, values=started["amount"]["kept"], targets=started["targets"])
             elif choose == "global" and self.finish is not None:
                 # the split that finishing starts from is that of the larger number: it chooses the final one itself
@@ -164,3 +171,9 @@ class Plan:
             else:
                 kept[name] = int(value) if self.amount == "kept" else kept_count(numel, value)
         return kept
+
+
+def _check_settings(method: Method, amount: str, graph: LayerGraph) -> None:
+    """Let a method refuse, before any work, an amount that does not go with its settings."""
+    if isinstance(method, ChecksAmount):
+        method.check_amount(amount, any(layer.bias for layer in graph.selected))

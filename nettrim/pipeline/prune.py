@@ -25,7 +25,7 @@ from nettrim.pipeline.execute import check_executor, run_all
 from nettrim.pipeline.finish import Finish, check_batches, run_finish
 from nettrim.pipeline.ledger import LayerEvidence, Ledger
 from nettrim.pipeline.plan import Plan
-from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free, started_run
+from nettrim.pipeline.store import RunStore, Samples, describe_run, require_free, require_same, started_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ def prune(
     calibration = read_batches(batches)
     held = None if held_out is None else read_batches(held_out, "held_out")
     if plan.finish is not None:
-        check_batches(plan.finish, calibration)
+        check_batches(plan.finish, model, calibration)
     seed = check_seed(seed)
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
@@ -174,7 +174,12 @@ def _run(
     account = Account.of(model, plan.graph, calibration, held, progress)
     _require_chain(plan.graph, account.clean)
     samples, held_samples = account.samples, account.held_samples
-    plan = plan.settle(account.dense, calibration, started_run(out_dir) if resume and out_dir else None, seed, progress)
+    started = started_run(out_dir) if resume and out_dir is not None and plan.overall else None
+    if out_dir is not None and started is not None:
+        # refused before the look ahead: the split that it found is taken over, and fits no other run
+        split = ("amount", "targets")
+        require_same(out_dir, started, describe_run(model, plan, seed), samples, held_samples, but=split)
+    plan = plan.settle(account.dense, calibration, started, seed, progress)
     settings = describe_run(model, plan, seed)
     store = None
     found: dict[str, LayerEvidence] = {}

@@ -73,7 +73,7 @@ class Row:
     bound : float or None
         The ledger's tightest bound on the calibration error, in the same units.
     layer_seconds : float
-        Of the method on all layers.
+        Of the method on all layers, and of training on.
     seconds : float
         Of the whole call of `prune`: recording, measuring and bounds too.
     peak_mib : float

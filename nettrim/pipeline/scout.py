@@ -80,7 +80,9 @@ class Scout:
                 spectrum = self.spectra[name]
             importance = self.importance(name, metrics)
             found, _ = l0_support(spectrum, cross, start.float(), count, free, importance, growth=growth)
-            fitted = refit_linear(moments, cross, (found != 0) | free)
+            # on dead inputs any value does: 0, so that no block is singular for them alone
+            mask = (found != 0) & (moments.diagonal() > 0) | free
+            fitted = torch.where(mask, refit_linear(moments, cross, mask), found.to(moments))
             write_layer(model, name, fitted[:, : weight.shape[1]], fitted[:, -1] if bias is not None else None)
         return model
 
@@ -112,7 +114,7 @@ def thinned(batches: Sequence[Batch], rows: int) -> list[Batch]:
     total = sum(len(batch) for batch in batches)
     if total <= rows:
         return list(batches)
-    chosen = torch.linspace(0, total - 1, rows).long()
+    chosen = torch.arange(rows) * (total - 1) // max(1, rows - 1)
     few, start = [], 0
     for batch in batches:
         own = chosen[(chosen >= start) & (chosen < start + len(batch))] - start

@@ -149,12 +149,7 @@ class RunStore:
         if _is_free(path):
             return RunStore.create(path, settings, calibration, held_out), {}
         run = read_json(path / "run.json")
-        wanted = json.loads(json.dumps(settings)) | {"data": _data_digest(calibration, held_out)}
-        differs = [key for key in (*_IDENTITY, "data") if run.get(key) != wanted[key]]
-        if differs:
-            raise RunError(
-                f"{path} holds a run with another {', '.join(differs)}: resume with the same, or use another directory."
-            )
+        require_same(path, run, settings, calibration, held_out)
         store, found = RunStore(path, run | {"state": "started"}), {}
         for name, digest in list(run["files"].items()):
             if not _holds(path / name, digest):
@@ -228,6 +223,30 @@ def require_free(directory: str | Path) -> None:
     """
     if not _is_free(Path(directory)):
         raise RunError(f"{directory} already holds something: choose another directory, or resume the run in it.")
+
+
+def require_same(
+    directory: str | Path,
+    run: Mapping[str, Any],
+    settings: dict[str, Any],
+    calibration: Samples,
+    held_out: Samples | None,
+    but: tuple[str, ...] = (),
+) -> None:
+    """Refuse a run that was started with other settings, model or data; `but` are not known yet.
+
+    Raises
+    ------
+    RunError
+        It was, and the text names in what it differs.
+    """
+    wanted = json.loads(json.dumps(settings)) | {"data": _data_digest(calibration, held_out)}
+    differs = [key for key in (*_IDENTITY, "data") if key not in but and run.get(key) != wanted[key]]
+    if differs:
+        raise RunError(
+            f"{directory} holds a run with another {', '.join(differs)}: resume with the same, or use another "
+            "directory."
+        )
 
 
 def started_run(directory: str | Path) -> dict[str, Any] | None:

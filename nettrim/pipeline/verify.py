@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nettrim.errors import NetTrimError, ProblemError, RunError
 from nettrim.network.edit import frozen_copy
-from nettrim.pipeline.finish import with_weights
+from nettrim.pipeline.finish import overstepped, with_weights
 from nettrim.pipeline.ledger import (
     Activations,
     LayerEvidence,
@@ -114,7 +114,7 @@ def _verify(path: Path) -> Verification:
     checks = [
         _compare(_plain({"schema": SCHEMA} | rebuilt.as_dict()), stored, "ledger.json", rounding),
         _check_model(path, final),
-        _check_targets(run, final),
+        _check_finish(run, stored, layers, final),
         _check_amounts(run, layers),
         _check_promises(rebuilt),
     ]
@@ -255,22 +255,21 @@ def _final(path: Path, run: dict[str, Any], layers: list[LayerEvidence]) -> list
     return [with_weights(layer, state[f"{layer.name}.weight"], state.get(f"{layer.name}.bias")) for layer in layers]
 
 
-def _check_targets(run: dict[str, Any], final: list[LayerEvidence]) -> tuple[int, list[str]]:
-    """Hold the counts of a network that was trained on against what was to be left."""
-    targets = run["targets"]
-    kept = {layer.name: int((layer.weight != 0).sum()) for layer in final}
-    if targets is None:
+def _check_finish(
+    run: dict[str, Any], stored: dict[str, Any], layers: list[LayerEvidence], final: list[LayerEvidence]
+) -> tuple[int, list[str]]:
+    """Hold how the ledger says that the network was trained on, and what that left, against what was asked for."""
+    if run["finish"] is None:
         return 0, []
-    if isinstance(targets, dict):
-        wrong = [
-            f"model.safetensors: {name} keeps {kept[name]} weights, and finishing was to leave {count}."
-            for name, count in targets.items()
-            if kept[name] > count
-        ]
-        return len(targets), wrong
-    total = sum(kept[layer.name] for layer in final if layer.pruned)
-    said = [f"model.safetensors keeps {total} weights, and finishing was to leave {targets}."]
-    return 1, said if total > targets else []
+    if stored["finish"] is None:
+        return 1, ["ledger.json: finish is missing, and run.json asked for it."]
+    wrong = [
+        f"ledger.json: finish.{key} is stored as {stored['finish'][key]!r}, and run.json asked for {asked!r}."
+        for key, asked in (("settings", run["finish"]), ("targets", run["targets"]))
+        if stored["finish"][key] != asked
+    ]
+    wrong += [f"model.safetensors: {sentence}." for sentence in overstepped(layers, final, run["targets"])]
+    return 2 + sum(layer.pruned for layer in layers), wrong
 
 
 def _replay(layers: list[LayerEvidence], samples: Samples, pruned: int) -> Activations:

@@ -63,8 +63,8 @@ def comparison_table(comparison: Comparison) -> str:
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     """Draw accuracy, output error, seconds and peak memory against the kept weights.
 
-    One colour and marker a method; cascade solid and filled, parallel dashed and hollow. Accuracy is left out where
-    there are no labels, failed rows always.
+    One colour and marker a method; cascade filled, parallel hollow and dashed; dotted where the network was trained on.
+    Accuracy is left out where there are no labels, failed rows always.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def _draw_error(axis: Any, rows: list[Row], split: str) -> None:
             text = "by layer" if "=" in kind else kind
             at = _share(row), row.error[split]
             side, shift = ("left", 7) if _share(row) < middle else ("right", -7)
-            style = {"fontsize": 8, "color": styles[_title(row)][0], "ha": side, "va": "center"}
+            style = {"fontsize": 8, "color": styles[row.method][0], "ha": side, "va": "center"}
             axis.annotate(text, at, (shift, 0), textcoords="offset points", **style)
 
 
@@ -166,13 +166,13 @@ def _draw_memory(axis: Any, rows: list[Row], split: str) -> None:
 
 def _draw(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
     """Draw a line for each method and schedule, from sparse to dense, through budgets of one kind."""
-    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str, bool, str], list[tuple[float, float]]] = {}
     for row in rows:
-        line = lines.setdefault((_title(row), row.schedule, _kind(row.budget)), [])
+        line = lines.setdefault((row.method, row.schedule, row.finish is not None, _kind(row.budget)), [])
         line.append((_share(row), value(row)))
     styles = _styles(rows)
-    for (title, schedule, _), line in lines.items():
-        axis.plot(*zip(*sorted(line), strict=True), **_look(schedule, *styles[title]))
+    for (method, schedule, finished, _), line in lines.items():
+        axis.plot(*zip(*sorted(line), strict=True), **_look(schedule, finished, *styles[method]))
 
 
 def _kind(budget: str) -> str:
@@ -183,12 +183,12 @@ def _kind(budget: str) -> str:
     return name if bracket else budget
 
 
-def _look(schedule: str, colour: str, marker: str) -> dict[str, Any]:
+def _look(schedule: str, finished: bool, colour: str, marker: str) -> dict[str, Any]:
     solid = schedule == "cascade"
     return {
         "color": colour,
         "marker": marker,
-        "linestyle": "-" if solid else "--",
+        "linestyle": ":" if finished else "-" if solid else "--",
         "linewidth": 1.6,
         "markersize": 5.5 if solid else 8.5,
         "markerfacecolor": colour if solid else "white",
@@ -233,7 +233,9 @@ def _legend(figure: Any, rows: list[Row]) -> None:
         for title, (colour, marker) in _styles(rows).items()
     ]
     schedules = [schedule for schedule in sorted(SCHEDULES) if any(row.schedule == schedule for row in rows)]
-    handles += [Line2D([], [], label=schedule, **_look(schedule, "0.4", "o")) for schedule in schedules]
+    handles += [Line2D([], [], label=schedule, **_look(schedule, False, "0.4", "o")) for schedule in schedules]
+    kinds = sorted({row.finish for row in rows if row.finish is not None})
+    handles += [Line2D([], [], label=f"then {kind}", color="0.4", linewidth=1.6, linestyle=":") for kind in kinds]
     # as many columns as the width holds, and as many rows as that takes, evenly filled
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(6, 110 // (longest + 7)))
@@ -243,7 +245,7 @@ def _legend(figure: Any, rows: list[Row]) -> None:
 
 def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     """Return the colour and marker of every method, in the order of their names."""
-    titles = sorted({_title(row) for row in rows})
+    titles = sorted({row.method for row in rows})
     return {title: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, title in enumerate(titles)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nettrim.core.solution import LayerSolution, Status
+from nettrim.core.solution import LayerSolution
 from nettrim.pipeline.ledger import Ledger
 
 
@@ -60,7 +60,8 @@ def ledger_table(ledger: Ledger) -> str:
     title = f"{ledger.method}, {ledger.schedule}"
     if ledger.finish is not None:
         how = {"distill": "distilled to the dense network without labels", "fine-tune": "fine-tuned with labels"}
-        title += f", then {how.get(ledger.finish['kind'], ledger.finish['kind'])}: {ledger.finish['epochs']} epochs"
+        done = ledger.finish
+        title += f", then {how.get(done['kind'], done['kind'])}: {done['epochs']} epochs in {done['seconds']:.1f} s"
     lines = [title, "", text_table(head, rows), ""]
     size = ledger.output_norm or 1.0
     lines.append(
@@ -80,8 +81,7 @@ def ledger_table(ledger: Ledger) -> str:
         parts = [f"{first.kept:,} weights", f"output error {first.measured / (first.output_norm or 1.0):.5g}"]
         parts += [f"accuracy, {split}: {100 * a['pruned']:.2f} %" for split, a in first.accuracy.items()]
         lines.append(f"before it was trained on: {', '.join(parts)}")
-    ended = {r.name: Status[r.facts.get("status", "SOLVED")] for r in ledger.records}
-    missed = [f"{name} ({status.name})" for name, status in ended.items() if not status.accepted]
+    missed = [f"{name} ({status})" for name, status in ledger.uncertified.items()]
     if missed:
         lines.append(f"NOT certified within the tolerance: {', '.join(missed)}")
     sizes = {kind: sum(r.bytes[kind] for r in ledger.records) for kind in ("dense", "csr", "bitmask")}
