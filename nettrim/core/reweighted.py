@@ -15,6 +15,7 @@ import torch
 from nettrim.core.onesided import OneSided
 from nettrim.core.problem import LayerProblem, check_amount, check_count
 from nettrim.core.refine import Refined, conclude
+from nettrim.core.solution import FEASIBLE
 from nettrim.core.solvers import Solver, solve_problem
 from nettrim.errors import ProblemError
 
@@ -65,7 +66,7 @@ def reweighted(
         raise ProblemError(f"kept={kept} is out of range: the layer has {available} weights beside its free columns.")
     # where all targets are zero, any radius gives the zero weight
     radius = check_amount("epsilon", epsilon) * float(problem.targets.double().norm()) or _TINY
-    penalty = problem.penalty
+    penalty, floor = problem.penalty, 0.0
     history: dict[str, float] = {}
     best: torch.Tensor | None = None
     for k in range(rounds):
@@ -83,13 +84,16 @@ def reweighted(
         # of the supports that hold enough, the last: it has been reweighted most
         if count >= kept or best is None or int((best[:, ~free] != 0).sum()) < count < kept:
             best = solved.weight.double()
+        if solved.certificate.violation > FEASIBLE:
+            # no weight may be that near, and a program without a solution takes the solver's longest
+            floor = max(floor, 1.05 * solved.certificate.distance)
         if not count:  # nothing to weigh by, and all of it would become free
-            radius *= 0.5
+            radius = max(0.5 * radius, floor)
             continue
         typical = float(size[:, ~free].sum()) / count
         penalty = typical / (size + _DELTA * typical)
         penalty[:, free] = 0.0
-        radius *= min(1.5, max(0.67, (count / kept) ** 0.5))
+        radius = max(radius * min(1.5, max(0.67, (count / kept) ** 0.5)), floor)
     assert best is not None
     scores = torch.where(free, -1.0, best.abs()).flatten()
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)

@@ -173,7 +173,7 @@ def run_finish(
     else:
         left = targets if targets is None else min(sum(held.values()), targets)
     done = finish.run(model, frozen_copy(dense), inputs, labels, masks, left, seed, progress)
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
     final = finished_layers(layers, model)
     wrong = overstepped(layers, final, targets)
     if wrong:

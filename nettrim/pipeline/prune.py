@@ -155,7 +155,8 @@ def prune(
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
     if out_dir is not None and not resume:
         require_free(out_dir)
-    with torch.random.fork_rng(devices=[]):
+    # a caller may have switched gradients off; sensitivities and finishing need them
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _run(model, plan, calibration, held, out_dir, resume, workers, progress, seed)
 

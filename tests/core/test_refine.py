@@ -175,6 +175,17 @@ def test_kept_weights_on_dead_inputs_hold_what_they_started_with():
     torch.testing.assert_close(found.weight[:, 2], w[:, 2])
 
 
+@pytest.mark.parametrize("seed", [26, 37, 42])
+def test_dead_inputs_hold_the_count_after_swaps_too(seed):
+    x, w = like_trained(seed, columns=6, neurons=4, samples=60)
+    x[:, seed % 5] = 0
+    x[:, (seed + 2) % 5] = 0
+    for kept in (20, 21, 22, 23):
+        for start in (w, draw(seed, *w.shape)):
+            found = refine(problem_of(x, w), start, kept=kept, swaps=2)
+            assert int((found.weight[:, :-1] != 0).sum()) == kept
+
+
 def test_filling_up_never_touches_a_live_input():
     """Of two equal inputs one may be left at zero by the refit: filled with the start's, it would spoil the fit."""
     for seed in range(20):
@@ -305,6 +316,28 @@ def test_near_the_best_of_all_supports_where_all_can_be_tried(form):
         ratios.append(found.distance / best)
     assert max(ratios) < 1.25
     assert np.exp(np.mean(np.log(ratios))) < 1.05
+
+
+def test_a_wrong_support_does_not_hold_the_search_back(monkeypatch):
+    """Targets are imputed from the data, not from what a bad start makes of them; small layers need not start full."""
+    monkeypatch.setattr("nettrim.core.refine._SMALL", 0)
+    good = bad = 0.0
+    for seed in range(4):
+        x, w = like_trained(seed)
+        problem = problem_of(x, w)
+        noise = magnitude_start(draw(seed, *w.shape), 40, free_of(problem))
+        good += refine(problem, w, kept=40).distance
+        bad += refine(problem, noise, kept=40).distance
+    assert bad < 1.5 * good
+
+
+@pytest.mark.parametrize("seed", range(20, 28))
+def test_more_swaps_are_never_worse(seed):
+    x, w = like_trained(seed, samples=100, columns=10, neurons=5)
+    problem = problem_of(x, w)
+    for kept in (8, 20):
+        reached = [refine(problem, w, kept=kept, swaps=k).distance for k in (0, 1, 2, 4)]
+        assert all(b <= a * (1 + 1e-4) for a, b in zip(reached, reached[1:], strict=False))
 
 
 def test_swaps_repair_a_bad_start_and_never_cost():

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ def problem_of(task, result):
 @pytest.mark.parametrize("bias", ["free", "frozen", "absent"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("clean", [True, False])
-@pytest.mark.parametrize("kept", [1, 30, 84])
+@pytest.mark.parametrize("kept", [1, 30])
 def test_a_layer_keeps_its_count_and_its_record_is_true(route, bias, relu, clean, kept):
     task = task_of(relu=relu, bias=bias != "absent", clean=clean, value=kept)
     method = nettrim.NetTrim(bias="frozen" if bias == "frozen" else "free", route=route, on_failure="raise")
@@ -79,7 +80,23 @@ def test_a_layer_keeps_its_count_and_its_record_is_true(route, bias, relu, clean
     assert float(error.norm()) <= facts["radius"] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 84), (0.5, 42), (0.9, 9), (0.98, 3)])
+@pytest.mark.parametrize("route", ["refined", "reweighted"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_keeping_everything_is_the_best_fit_there_is(route, relu):
+    """In a cascade the dense weights are not; nothing comes nearer than a fit of all weights and the bias."""
+    task = task_of(relu=relu, clean=False, value=84, dtype=torch.float64)
+    result = nettrim.NetTrim(route=route, evidence=False).prune_layer(task)
+    x = torch.cat([task.inputs, torch.ones(90, 1).double()], 1)
+    best = torch.linalg.lstsq(x, task.targets).solution
+    if not relu:
+        torch.testing.assert_close(result.weight, best[:14].T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.bias, best[14], rtol=1e-4, atol=1e-5)
+    assert result.facts["radius"] <= float((x @ best - task.targets).norm()) * (1 + 1e-6)
+    assert result.facts["radius"] <= result.facts["drift"]
+    assert int((result.weight != 0).sum()) == 84
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 84), (0.5, 42), (0.9, 9), (0.98, 2)])
 def test_a_sparsity_is_the_count_that_it_says(sparsity, kept):
     result = nettrim.NetTrim(evidence=False).prune_layer(task_of(amount="sparsity", value=sparsity))
     assert int((result.weight != 0).sum()) == kept
@@ -215,8 +232,7 @@ def test_settings_out_of_range_are_refused(settings, text):
 
 
 @pytest.mark.parametrize("schedule", ["cascade", "parallel"])
-@pytest.mark.parametrize("route", ["refined", "reweighted"])
-@pytest.mark.parametrize("bias", ["free", "frozen"])
+@pytest.mark.parametrize(("route", "bias"), [("refined", "free"), ("refined", "frozen"), ("reweighted", "free")])
 def test_a_networks_layers_keep_their_counts_and_the_account_agrees(network, batches, held_out, schedule, route, bias):
     method = nettrim.NetTrim(route=route, bias=bias)
     result = nettrim.prune(network, batches, method, sparsity=0.7, schedule=schedule, held_out=held_out, progress=False)
@@ -343,7 +359,7 @@ def test_two_runs_agree_to_the_bit_and_the_global_state_is_restored(network, bat
 
 
 def test_refining_beats_the_linear_methods_at_the_same_count(network, batches):
-    """On the calibration samples, in the measure that it minimises: the first layer's error after its ReLU."""
+    """On the calibration samples: the output's error, with a bias fitted by every one of them."""
     errors = {}
     for name, method in {
         "net-trim": nettrim.NetTrim(evidence=False),
@@ -351,9 +367,9 @@ def test_refining_beats_the_linear_methods_at_the_same_count(network, batches):
         "magnitude": nettrim.Magnitude(refit=True),
         "wanda": nettrim.Wanda(refit=True),
     }.items():
-        ledger = nettrim.prune(network, batches, method, kept=60, layers=["0"], progress=False).ledger
-        errors[name] = ledger.records[0].measured
-    assert errors["net-trim"] < 0.9 * min(errors["alps"], errors["magnitude"], errors["wanda"])
+        result = nettrim.prune(network, batches, method, kept={"0": 60, "3": 50, "5": 30}, progress=False)
+        errors[name] = result.ledger.measured
+    assert errors["net-trim"] < 0.95 * min(errors["alps"], errors["magnitude"], errors["wanda"])
 
 
 def test_patterns_are_refused_with_what_is_taken(network, batches):
@@ -382,19 +398,42 @@ def test_amounts_out_of_range_are_refused(network, batches, amount, text):
 # ---- a saved run
 
 
-@pytest.fixture(params=["refined", "reweighted", "frozen", "no evidence"])
-def run(request, tmp_path, network, batches, held_out):
-    settings = {
-        "refined": {},
-        "reweighted": {"route": "reweighted"},
-        "frozen": {"bias": "frozen"},
-        "no evidence": {"evidence": False},
-    }[request.param]
-    path = tmp_path / "run"
+KINDS = {
+    "refined": {},
+    "reweighted": {"route": "reweighted"},
+    "frozen": {"bias": "frozen"},
+    "no evidence": {"evidence": False},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory):
+    """One run of each kind, pruned once; the tests spoil copies of it."""
+    model = nn.Sequential(
+        nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 5)
+    )  # fmt: skip
+    with torch.no_grad():
+        for k, parameter in enumerate(model.parameters()):
+            parameter.copy_(draw(k, *parameter.shape) * parameter.shape[-1] ** -0.5)
+    x, labels = draw(20, 60, 12).float(), torch.arange(60) % 5
+    path = tmp_path_factory.mktemp("saved") / "run"
     nettrim.prune(
-        network, batches, nettrim.NetTrim(**settings), sparsity=0.7, held_out=held_out, out_dir=path, progress=False
+        model,
+        [(x, labels)],
+        nettrim.NetTrim(**KINDS[request.param]),
+        sparsity=0.7,
+        held_out=[(draw(21, 25, 12).float(), torch.arange(25) % 5)],
+        out_dir=path,
+        progress=False,
     )
-    return path, request.param
+    return path, request.param, model
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    path, kind, _ = saved
+    shutil.copytree(path, tmp_path / "run")
+    return tmp_path / "run", kind
 
 
 def mend(path, name, content):
@@ -412,8 +451,8 @@ def forge(path, name, edit):
     mend(path, name, store.to_bytes(tensors, {"about": json.dumps(about)}))
 
 
-def test_an_honest_run_holds_and_comes_back(run, network):
-    path, _ = run
+def test_an_honest_run_holds_and_comes_back(saved):
+    path, _, network = saved
     found = nettrim.verify(path)
     assert found.failures == ()
     assert found.checked > 60
