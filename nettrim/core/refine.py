@@ -193,8 +193,7 @@ def refine(
             verdict.fit(start, mask, _SETTLE)[0] if metric is None else verdict.balance(start, mask, metric, _SWEEPS)
         )
         found = found.to(round_to or problem.inputs.dtype)
-    # kept weights on inputs that are dead here hold what they started with: the count is exact, and no output notices
-    found = torch.where(mask & (found == 0) & (problem.inputs == 0).all(0), start.to(found.dtype), found)
+    found = _filled(verdict, found, mask, start)
     return Refined(
         weight=found.to(problem.inputs.dtype),
         mask=mask,
@@ -304,6 +303,20 @@ def _extended(layer: OneSided, weight: Tensor, mask: Tensor, free: Tensor, count
     mask = mask.clone(memory_format=torch.contiguous_format)
     mask.view(-1)[torch.argsort(gains, descending=True, stable=True)[: max(0, missing)]] = True
     return mask
+
+
+def _filled(verdict: OneSided, weight: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """Give kept weights that are 0 what they started with, where that costs nothing, so that the count is exact.
+
+    On inputs that are dead here, and in neurons whose residual does not notice.
+    """
+    empty = mask & (weight == 0)
+    if not bool(empty.any()):
+        return weight
+    weight = torch.where(empty & (verdict.inputs == 0).all(1), start.to(weight.dtype), weight)
+    filled = torch.where(empty, start.to(weight.dtype), weight)
+    harmless = verdict.losses(filled.double()) <= verdict.losses(weight.double())
+    return torch.where(harmless[:, None], filled, weight)
 
 
 def _checked(

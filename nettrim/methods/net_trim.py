@@ -27,6 +27,8 @@ from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods.base import COUNTS, LayerResult, LayerTask
 from nettrim.methods.program import derive, join_bias, layer_problem, split_bias
 
+_BOUND = 1e-2  # relative gap of the convex program that stands beside an exact count
+
 
 @dataclass(frozen=True)
 class NetTrim:
@@ -175,7 +177,8 @@ class NetTrim:
             solution = solve_problem(
                 problem.with_radius(facts["radius"]),
                 self.solver,
-                tol=self.tol,
+                # the weight is far above the bound in any case, so a sharper one says nothing more
+                tol=max(self.tol, _BOUND),
                 max_seconds=self.max_seconds,
                 on_failure="return",
             )

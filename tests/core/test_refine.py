@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import cvxpy as cp
 import numpy as np
@@ -337,7 +337,7 @@ def test_more_swaps_are_never_worse(seed):
     problem = problem_of(x, w)
     for kept in (8, 20):
         reached = [refine(problem, w, kept=kept, swaps=k).distance for k in (0, 1, 2, 4)]
-        assert all(b <= a * (1 + 1e-4) for a, b in zip(reached, reached[1:], strict=False))
+        assert all(b <= a * (1 + 1e-4) for a, b in pairwise(reached))
 
 
 def test_swaps_repair_a_bad_start_and_never_cost():
