@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -106,6 +107,27 @@ def test_a_free_bias_is_fitted_and_not_counted():
     found = reweighted(problem, kept=6)
     assert int((found.weight[:, :-1] != 0).sum()) == 6
     assert (found.weight[:, -1] != 0).all()
+
+
+def test_each_round_weighs_by_the_last_and_leaves_free_columns_free(monkeypatch):
+    """``c = s/(|u| + s/10)`` with ``s`` the mean kept weight: at most 10, small where the weight is large."""
+    solved = []
+
+    def watched(problem, *args, **kwargs):
+        solution = nettrim.solve_problem(problem, *args, **kwargs)
+        solved.append((problem, solution))
+        return solution
+
+    monkeypatch.setattr("nettrim.core.reweighted.solve_problem", watched)
+    base = random_layer("free bias", 2)
+    reweighted(LayerProblem(base.inputs, base.targets, "ball", 1.0, penalty=base.penalty), kept=10, rounds=4)
+    assert len(solved) == 4
+    assert torch.equal(solved[0][0].penalty, base.penalty)
+    for (_, before), (problem, _) in pairwise(solved):
+        size = before.weight.abs()[:, :-1]
+        typical = size[size > 0].mean()
+        torch.testing.assert_close(problem.penalty[:, :-1], typical / (size + 0.1 * typical))
+        assert not problem.penalty[:, -1].any()
 
 
 def test_the_evidence_bounds_as_that_of_refine_does():
