@@ -312,7 +312,9 @@ def test_ctrl_c_exits_130_and_keeps_what_was_finished(place, capsys):
     np.savez("data.npz", inputs=x)
     # the second layer takes for ever: a gap that no arithmetic reaches
     (place / "slow.py").write_text(
-        "import nettrim, sys\n"
+        "import nettrim, signal, sys\n"
+        # a shell that works in the background starts its children with the signal ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nettrim.methods.net_trim import NetTrim\n"
         "plain = NetTrim.prune_layer\n"
         "def slow(self, task):\n"
