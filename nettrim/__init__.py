@@ -27,12 +27,14 @@ from nettrim.errors import (
 )
 from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, Pattern, SparseGpt, Wanda, tolerance_curve
 from nettrim.network.finishing import Distill, FineTune
+from nettrim.network.reestimate import Reestimate
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.compare import compare
 from nettrim.pipeline.ledger import LayerRecord, Ledger
-from nettrim.pipeline.prune import PruneResult, prune
+from nettrim.pipeline.prune import prune
+from nettrim.pipeline.result import PruneResult, load_result
 from nettrim.pipeline.rows import Comparison, Row, load_comparison
-from nettrim.pipeline.verify import Verification, load_result, verify
+from nettrim.pipeline.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,7 @@ __all__ = [
     "Pattern",
     "ProblemError",
     "PruneResult",
+    "Reestimate",
     "Radius",
     "Refined",
     "Row",

@@ -17,15 +17,17 @@ from nettrim.data import Data
 from nettrim.errors import ProblemError, RunError
 from nettrim.loading import load_model
 from nettrim.methods import METHODS, Pattern
+from nettrim.network.batches import read_batches
 from nettrim.network.calibrate import outputs
 from nettrim.network.training import train
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.compare import compare, plan_grid
 from nettrim.pipeline.evaluate import accuracy
+from nettrim.pipeline.files import digest_tensors, read_tensors, write_atomically
 from nettrim.pipeline.finish import FINISHES
 from nettrim.pipeline.rows import FILE, Comparison
 from nettrim.pipeline.schedule import SCHEDULES
-from nettrim.pipeline.store import digest_tensors, read_tensors, require_free, write_atomically
+from nettrim.pipeline.store import require_free
 from nettrim.report.comparison import comparison_table, plot_comparison, require_matplotlib
 
 MODEL = "model.safetensors"
@@ -146,18 +148,16 @@ def run_compare(options: argparse.Namespace, data: Data, calibration: list[Any],
         "ignore": options.ignore,
         "finish": [None if how == "none" else how for how in options.finish],
     }
-    trained = None
+    trained, batches = None, read_batches(calibration)
     if options.model is not None:
         model = load_model(options.model, options.weights)
     else:
         model = _network(data, options.seed)
-        plan_grid(model, **grid)  # whatever is wrong with it is said before the training
+        plan_grid(model, batches, **grid)  # whatever is wrong with it is said before the training
         trained = _trained(model, data, directory, options.seed)
         if not options.json:
             print(_sentence(trained, directory), end="\n\n", flush=True)
-    comparison = compare(
-        model, calibration, **grid, held_out=held_out, out_dir=directory, resume=True, seed=options.seed
-    )
+    comparison = compare(model, batches, **grid, held_out=held_out, out_dir=directory, resume=True, seed=options.seed)
     picture = directory / PICTURE
     drawn = any(row.failure is None for row in comparison.rows)
     if drawn:

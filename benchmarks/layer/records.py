@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import nettrim
-from benchmarks.model.lenet_table import git, processor
+from benchmarks.model.net_trim_table import git, processor
 from nettrim.errors import RunError
 
 SCHEMA = 1

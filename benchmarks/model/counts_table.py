@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.model.lenet import DATA
-from benchmarks.model.lenet_table import command, git, processor
+from benchmarks.model.net_trim_table import command, git, processor
 from nettrim.report.tables import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "lenet_300_100_counts.json"

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.model.lenet import DATA, lenet_300_100
-from benchmarks.model.lenet_table import git, processor
+from benchmarks.model.net_trim_table import git, processor
 from nettrim.data import load
 from nettrim.methods import METHODS, LayerTask, Magnitude
 from nettrim.methods.exact_obs import Obs, Trace

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import nettrim
 from benchmarks.model.lenet import DATA, lenet_300_100
-from benchmarks.model.lenet_table import git, processor
+from benchmarks.model.net_trim_table import git, processor
 from nettrim.core.reweighted import reweighted
 from nettrim.data import load
 from nettrim.methods.base import LayerTask, with_bias_column
-from nettrim.network.edit import layer_arrays
+from nettrim.network.edit import find_bias, find_weight
 from nettrim.report.tables import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "refine_fc1.json"
@@ -41,8 +41,10 @@ def main() -> None:
     data = load(f"mnist:{DATA / 'mnist'}")
     assert data.test is not None
     train, test = data.train.inputs[: options.samples].flatten(1).double(), data.test.inputs.flatten(1).double()
-    weight, bias = layer_arrays(lenet_300_100().double(), "fc1")
+    network = lenet_300_100().double()
+    weight, bias = find_weight(network, "fc1").detach(), find_bias(network, "fc1")
     assert bias is not None
+    bias = bias.detach()
     rows = [row for share in tqdm(options.kept, disable=None) for row in compare(share, train, test, weight, bias)]
     print(table(rows))
     result = {

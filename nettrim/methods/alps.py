@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrim.core.linalg import masked_cg, second_moment
+from nettrim.core.linalg import masked_cg
 from nettrim.core.problem import check_amount, check_count, check_number
 from nettrim.errors import ProblemError
-from nettrim.methods.base import LayerResult, LayerTask, with_bias_column
-from nettrim.methods.fit import check_task, mean_error, shortfall
+from nettrim.methods.base import LayerResult, LayerTask
+from nettrim.methods.fit import check_task, mean_error, shortfall_moment
 from nettrim.methods.masks import keep_largest, keep_pattern
 
 
@@ -106,6 +106,10 @@ class Alps:
                 "factors above 1, such as ((0.1, 1.3), (0.0, 1.1))."
             )
 
+    def needs(self) -> str:
+        """Return "moments"."""
+        return "moments"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Find a support, then the weights on it.
 
@@ -116,10 +120,10 @@ class Alps:
         """
         began = time.monotonic()
         check_task(task)
-        inputs, dense, columns = task.inputs, task.weight, task.weight.shape[1]
+        dense, columns, fitted = task.weight, task.weight.shape[1], False
         if task.bias is not None and self.bias == "kept":
-            inputs, dense = with_bias_column(inputs), torch.cat([dense, task.bias[:, None]], dim=1)
-        hessian = second_moment(inputs)
+            dense, fitted = torch.cat([dense, task.bias[:, None]], dim=1), True
+        hessian = task.statistics().second_moment(ones=fitted)
         dead = hessian.diagonal() == 0
         damping = self.relative_damping * float(hessian.diagonal()[:columns].mean())
         # a dead input is tied to no other, so that any value above zero leaves its weight to itself
@@ -129,7 +133,7 @@ class Alps:
         start = dense / scale
         right = start @ hessian
         if self.targets == "dense":
-            right = right + shortfall(task).T @ inputs / len(inputs) * scale
+            right = right + shortfall_moment(task, ones=fitted) * scale
         found, mask, facts = self._support(hessian, right, start, dead, task)
         found, steps, residual = masked_cg(
             hessian, right.T, mask, found, tol=self.refit_tol, max_iter=int(self.refit_iterations)

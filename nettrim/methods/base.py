@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from nettrim.core.moments import Moments
 from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError
 from nettrim.methods.masks import Pattern
@@ -19,6 +20,8 @@ from nettrim.methods.masks import Pattern
 AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern")
 #: those that say how many weights stay, for methods that choose them freely
 COUNTS = ("sparsity", "kept")
+#: what a method may need of a layer beside its amount, the most first; who needs less can do with more
+NEEDS = ("rows", "moments", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +41,9 @@ class LayerTask:
         The dense weight.
     bias : Tensor (M,) or None
     inputs : Tensor (P, N)
-        From the dense network, or through the pruned prefix.
+        From the dense network, or through the pruned prefix. With `moments` a sample of the rows, or none of them.
     outputs : Tensor (P, M)
-        The dense network's outputs, before any ReLU.
+        The dense network's outputs, before any ReLU, for the same rows.
     amount : str
         One of `AMOUNTS`.
     value : float or Pattern
@@ -50,6 +53,12 @@ class LayerTask:
     importance : Tensor (M, M) or None
         ``G``: errors ``e`` of this layer cost ``eᵀ G e`` at the network's output, on average. For methods that look
         ahead; None for the last layer.
+    moments : Moments or None
+        Of all rows, where `inputs` and `outputs` are only a sample of them; None where they are all.
+    form : str or None
+        The user's override of the convex program's form for this layer; None leaves it to the method.
+    block : int
+        Which group of a grouped convolution this is; 0 for every other layer.
     """
 
     name: str
@@ -64,6 +73,21 @@ class LayerTask:
     value: float | Pattern
     dtype: torch.dtype = torch.float32
     importance: Tensor | None = None
+    moments: Moments | None = None
+    form: str | None = None
+    block: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether `inputs` and `outputs` are all rows, and not a sample of those that `moments` sums up."""
+        return self.moments is None or self.moments.count == len(self.inputs)
+
+    def statistics(self) -> Moments:
+        """Return the moments of all rows: `moments`, or where there are none the sums over `inputs` and `outputs`.
+
+        Those are made anew by every call, ``2 P N (N + M)`` flops.
+        """
+        return Moments.of(self.inputs, self.outputs) if self.moments is None else self.moments
 
     @property
     def targets(self) -> Tensor:
@@ -146,6 +170,37 @@ class ChecksAmount(Protocol):
 
     def check_amount(self, amount: str, biased: bool) -> None:
         """Raise `UnsupportedError` where they do not; `biased` says whether any layer to prune has a bias."""
+
+
+@runtime_checkable
+class SaysNeeds(Protocol):
+    """A method that can do without some of a layer's rows: the driver asks `needs` before it records any."""
+
+    def needs(self) -> str:
+        """Which of `NEEDS`, with the method's settings."""
+
+
+def needs(method: object) -> str:
+    """Return what a method needs of a layer: the answer of its own `needs`, or "rows" where it has none.
+
+    "rows"
+        `LayerTask.inputs` and `LayerTask.outputs`: all rows, or as large a sample as its result is to rest on.
+    "moments"
+        `LayerTask.statistics` alone: with `LayerTask.moments` given, no row is looked at.
+    "weight"
+        The dense weight and bias: neither rows nor moments need be there.
+
+    Raises
+    ------
+    ProblemError
+        The method's answer is none of these.
+    """
+    if not isinstance(method, SaysNeeds):
+        return "rows"
+    answer = method.needs()
+    if answer not in NEEDS:
+        raise ProblemError(f"the method's needs()={answer!r} is unknown: return one of {', '.join(NEEDS)}.")
+    return answer
 
 
 def with_bias_column(inputs: Tensor) -> Tensor:

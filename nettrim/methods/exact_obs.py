@@ -179,6 +179,10 @@ class Obs:
         removals = Removals.make(place, 0.5 * increment, quadratic.support[:, :columns], greedy=False)
         return Trace(quadratic, removals)
 
+    def needs(self) -> str:
+        """Return "moments"."""
+        return "moments"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Trace, choose, refit.
 

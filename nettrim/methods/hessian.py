@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrim.core.linalg import damped_inverse, second_moment
+from nettrim.core.linalg import damped_inverse
 from nettrim.core.support import refit_linear
-from nettrim.errors import ProblemError
+from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods.base import LayerTask
 from nettrim.methods.fit import check_task, mean_error
 from nettrim.methods.masks import Pattern
@@ -156,7 +156,7 @@ def layer_quadratic(
     fit_bias: bool = True,
     recursive: bool = False,
 ) -> Quadratic:
-    """Set a layer's quadratic up. ``2 P N²`` flops for ``H``.
+    """Set a layer's quadratic up, from the moments of its rows: ``2 P N (N + M)`` flops where they are not given.
 
     Parameters
     ----------
@@ -168,22 +168,25 @@ def layer_quadratic(
     fit_bias : bool
         False: the bias stays as it is, and the inputs get no column of ones.
     recursive : bool
-        Form the inverse by `recursive_inverse`, which needs a damping above 0.
+        Form the inverse by `recursive_inverse`, which needs a damping above 0, and all rows.
 
     Raises
     ------
     ProblemError
         Shapes do not match; there is no sample; NaN or infinity; the inverse has a diagonal entry that is not positive.
+    UnsupportedError
+        `recursive`, and the task has only a sample of its rows, or their moments alone.
     """
     check_task(task)
-    inputs, fitted = task.inputs, fit_bias and task.bias is not None
-    samples, columns = inputs.shape
-    hessian = inputs.new_ones(columns + fitted, columns + fitted)
-    hessian[:columns, :columns] = second_moment(inputs)
-    mean = inputs.mean(0)
+    if recursive and not task.complete:
+        raise UnsupportedError(
+            f"layer {task.name!r}: inverse='recursive' goes through every row, and {len(task.inputs)} of "
+            f"{task.statistics().count} are at hand: use inverse='cholesky', which takes the moments of all of them."
+        )
+    statistics, fitted, columns = task.statistics(), fit_bias and task.bias is not None, task.weight.shape[1]
+    hessian, mean = statistics.second_moment(ones=fitted), statistics.mean
     dense, bias = task.weight, task.bias
     if fitted and bias is not None:
-        hessian[-1, :-1] = hessian[:-1, -1] = mean
         dense, bias = torch.cat([dense, bias[:, None]], dim=1), None
     dead = hessian.diagonal() == 0
     amount = damping if damping is not None else (relative_damping or 0.0) * float(hessian.diagonal().mean())
@@ -197,16 +200,15 @@ def layer_quadratic(
             power += float((2 * (dense @ mean) * bias + bias.square()).sum())
         start, gradient, floor = dense, torch.zeros_like(dense), 0.0
     else:
-        targets = task.outputs if bias is None else task.outputs - bias
-        cross = inputs.T @ targets / samples
-        if fitted:
-            cross = torch.cat([cross, targets.mean(0, keepdim=True)])
+        cross = statistics.cross_moment(ones=fitted)
+        if bias is not None:
+            cross -= mean[:, None] * bias
         # the two differ in their diagonals alone: a pull to the dense weight, and on dead inputs nothing else
         pull = (damped - hessian).diagonal()[:, None] * dense.T
         start = refit_linear(damped, cross + pull, support)
         gradient = start @ hessian - cross.T
         floor = mean_error(task, start[:, :columns], start[:, -1] if fitted else bias)
-        power = float(task.outputs.square().sum()) / samples
+        power = float(statistics.power) / statistics.count
     return Quadratic(
         start, hessian, damped, inverse, support, dead, gradient, floor, power, amount + extra, extra, bias, fitted
     )

@@ -29,6 +29,10 @@ class Magnitude:
     name: str = "magnitude"
     amounts: tuple[str, ...] = ("sparsity", "kept", "pattern")
 
+    def needs(self) -> str:
+        """Return "weight", or with `refit` "moments"."""
+        return "moments" if self.refit else "weight"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Keep the largest weights; of equal ones the earlier.
 
@@ -38,7 +42,7 @@ class Magnitude:
             The pattern does not divide the rows; with `refit`, the inputs have no finite Gram matrix.
         """
         began = time.monotonic()
-        check_task(task)
+        check_task(task, self.needs())
         scores = task.weight.abs()
         mask = keep_pattern(scores, task.pattern) if task.pattern else keep_largest(scores, task.kept)
         weight, bias = refit(task, mask) if self.refit else (task.weight.where(mask, 0.0), task.bias)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nettrim.core.l0 import Spectrum, l0_support
 from nettrim.core.linalg import gram
-from nettrim.core.refine import neuron_importance, refine
+from nettrim.core.problem import LayerProblem
+from nettrim.core.refine import conclude, neuron_importance, refine
 from nettrim.core.reweighted import reweighted
 from nettrim.core.solution import SolveStats, Status
 from nettrim.core.solvers import Solver, check_limits, make_solver, solve_problem
@@ -151,8 +153,12 @@ class NetTrim:
         facts = self._given(task)
         # the radius plays no part in the search
         problem = layer_problem(facts | {"radius": 1.0, "lam": None}, task.inputs, task.targets, task.weight, task.bias)
-        if self.route == "reweighted":
+        search: dict[str, float] = {}
+        if task.kept == 0:
+            found = _constant(problem, task.outputs, task.dtype)
+        elif self.route == "reweighted":
             refined = reweighted(problem, kept=task.kept, solver=self.solver, round_to=task.dtype)
+            found, search = refined.weight, refined.history
         else:
             assert problem.penalty is not None
             free = problem.penalty[0] == 0
@@ -169,9 +175,10 @@ class NetTrim:
             refined = refine(
                 problem, start, kept=task.kept, importance=importance, swaps=self.swaps, round_to=task.dtype
             )
-        weight, bias = split_bias(refined.weight, task.bias, facts["bias"])
-        facts |= {"status": Status.REFINED.name, "seconds_search": refined.seconds, "search": refined.history}
-        facts |= derive(facts, task.clean, task.inputs, task.targets, task.weight, task.bias, refined.weight)
+            found, search = refined.weight, refined.history
+        weight, bias = split_bias(found, task.bias, facts["bias"])
+        facts |= {"status": Status.REFINED.name, "seconds_search": time.monotonic() - began, "search": search}
+        facts |= derive(facts, task.clean, task.inputs, task.targets, task.weight, task.bias, found)
         multipliers = None
         if self.evidence:
             solution = solve_problem(
@@ -188,7 +195,7 @@ class NetTrim:
 
     def _given(self, task: LayerTask) -> dict[str, Any]:
         """Return what was asked for: all that `derive` needs beside the data."""
-        form = self.form if task.relu else "linear"
+        form = task.form or (self.form if task.relu else "linear")
         ceiling = "none"
         if form == "halfspace" and not task.clean:
             ceiling = "clipped" if self.clip_ceiling else "dense"
@@ -202,6 +209,14 @@ class NetTrim:
             "tol": self.tol,
             task.amount: task.value,
         }
+
+
+def _constant(problem: LayerProblem, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a group of a convolution that keeps nothing ``(M, N)``: its bias alone, where it is free."""
+    assert problem.penalty is not None
+    free = problem.penalty == 0
+    start = torch.where(free, outputs.mean(0)[:, None], 0.0)
+    return conclude(problem, start, free, None, dtype) if bool(free.any()) else start.to(dtype)
 
 
 def _said(stats: SolveStats) -> dict[str, Any]:

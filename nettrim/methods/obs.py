@@ -57,7 +57,8 @@ class LObs:
     refit : bool
         Replace the sweep by the least squares weight on the weights that stay.
     inverse : {"cholesky", "recursive"}
-        How ``H⁻¹`` is formed: by a factor, or sample by sample as in the paper, which is slow and gives the same.
+        How ``H⁻¹`` is formed: by a factor, or sample by sample as in the paper, which is slow, gives the same, and
+        needs all rows where the other needs their moments.
 
     Raises
     ------
@@ -90,6 +91,10 @@ class LObs:
             raise ProblemError(f"LObs's sweeps={self.sweeps} changes nothing with refit=True: leave one of them out.")
         object.__setattr__(self, "damping", check_damping("LObs", self.damping, self.relative_damping))
 
+    def needs(self) -> str:
+        """Return "moments", or "rows" where the inverse is recursive."""
+        return "rows" if self.inverse == "recursive" else "moments"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Rank, remove, compensate.
 
@@ -103,7 +108,7 @@ class LObs:
 
         Raises
         ------
-        ProblemError
+        ProblemError, UnsupportedError
             As for `rank`; or the tolerance is negative or no number.
         """
         began = time.monotonic()
@@ -124,6 +129,8 @@ class LObs:
         ------
         ProblemError
             Shapes do not match, NaN or infinity, or an inverse whose diagonal is not positive.
+        UnsupportedError
+            The inverse is recursive, and the task has only a sample of its rows.
         """
         fit_bias, recursive = self.bias != "frozen", self.inverse == "recursive"
         quadratic = layer_quadratic(task, self.damping, self.relative_damping, fit_bias, recursive)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nettrim.core.linalg import damped_inverse, second_moment
+from nettrim.core.linalg import damped_inverse
 from nettrim.core.problem import check_count, check_number
 from nettrim.errors import ProblemError
 from nettrim.methods.base import LayerResult, LayerTask
-from nettrim.methods.fit import check_task, mean_error, shortfall
+from nettrim.methods.fit import check_task, mean_error, shortfall_moment
 from nettrim.methods.masks import check_division, keep_largest, keep_pattern, share_out
 
 
@@ -63,6 +63,10 @@ class SparseGpt:
         if self.targets not in ("own", "dense"):
             raise ProblemError(f"SparseGpt's targets={self.targets!r} is unknown: use own or dense.")
 
+    def needs(self) -> str:
+        """Return "moments"."""
+        return "moments"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Sweep once over the columns.
 
@@ -75,7 +79,7 @@ class SparseGpt:
         check_task(task)
         if task.pattern:
             check_division(task.weight.shape[1], task.pattern)
-        hessian = second_moment(task.inputs)
+        hessian = task.statistics().second_moment()
         live = hessian.diagonal() > 0
         mean = float(hessian.diagonal().mean())
         damping = self.relative_damping * mean
@@ -89,7 +93,7 @@ class SparseGpt:
             )
         weight = task.weight.clone()
         if self.targets == "dense":
-            weight += shortfall(task).T @ task.inputs @ inverse / len(task.inputs)
+            weight += shortfall_moment(task) @ inverse
         weight = self._sweep(weight, factor, live, task)
         facts = {
             "damping": damping + extra,

@@ -43,6 +43,10 @@ class Wanda:
         if self.group not in ("row", "layer"):
             raise ProblemError(f"Wanda's group={self.group!r} is unknown: use row or layer.")
 
+    def needs(self) -> str:
+        """Return "moments"."""
+        return "moments"
+
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Keep the weights of largest score; of equal ones the earlier.
 
@@ -58,7 +62,7 @@ class Wanda:
         return LayerResult(weight, bias, time.monotonic() - began)
 
     def _mask(self, task: LayerTask) -> Tensor:
-        norms = task.inputs.norm(dim=0)
+        norms = task.inputs.norm(dim=0) if task.moments is None else task.moments.norms
         if not bool(norms.isfinite().all()):
             raise ProblemError(f"the norms of layer {task.name!r}'s inputs are not finite: check them for NaN.")
         scores = task.weight.abs() * norms

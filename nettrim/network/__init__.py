@@ -1,31 +1,23 @@
-"""A torch model as a chain of prunable layers: traced, run, edited and trained. Knows no optimisation."""
+"""A torch model as a graph of prunable layers: observed, run, edited and trained. Knows no optimisation."""
 
-from nettrim.network.calibrate import Batch, Recorded, outputs, read_batches, record
-from nettrim.network.edit import (
-    double_copy,
-    evaluating,
-    find_linear,
-    frozen_copy,
-    layer_arrays,
-    write_layer,
-)
+from nettrim.network.batches import Batch, Batches, read_batches
+from nettrim.network.calibrate import outputs
+from nettrim.network.edit import double_copy, evaluating, find_weight, frozen_copy, write_state
 from nettrim.network.trace import LayerGraph, LayerSpec, trace
 from nettrim.network.training import train
 
 __all__ = [
     "Batch",
+    "Batches",
     "LayerGraph",
     "LayerSpec",
-    "Recorded",
     "double_copy",
     "evaluating",
-    "find_linear",
+    "find_weight",
     "frozen_copy",
-    "layer_arrays",
     "outputs",
     "read_batches",
-    "record",
     "trace",
     "train",
-    "write_layer",
+    "write_state",
 ]

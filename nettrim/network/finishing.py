@@ -4,9 +4,7 @@ Weights that are pruned stay exactly zero, and the rest of the network, biases i
 also take weights away as it goes, from a mask that holds more than is to stay: so the network as a whole decides which,
 and how many of each layer.
 
-- Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015: the loss between softened outputs.
-- Zhu, Gupta, "To prune, or not to prune", 2017: the cubic schedule of the number of weights.
-- LeCun, Denker, Solla, "Optimal Brain Damage", NIPS 1989: the saliency, here with the Gauss-Newton diagonal.
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
 """
 
 from __future__ import annotations
@@ -14,37 +12,34 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from nettrim.errors import ProblemError
-from nettrim.network.calibrate import outputs
-from nettrim.network.edit import evaluating
-from nettrim.network.sensitivity import GradualPruning
+from nettrim.network.batches import Batch, Batches
+from nettrim.network.gradual import GradualPruning, competing
+from nettrim.network.losses import Loss, cross_entropy, softened, squared_error
+from nettrim.network.samples import dense_outputs, joined, moved, taken
+from nettrim.network.support import Support
+from nettrim.network.trace import Traced, trace
 from nettrim.network.training import (
-    Support,
     check_classes,
     check_count,
-    check_inputs,
     check_labels,
     check_rates,
     run_epochs,
+    trained_parameters,
 )
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
+_TRACED = 64  # samples that a model is traced on
 _WARM_UP = 50  # steps over which the learning rate rises
 _EPOCHS, _STEPS = 20, 4000  # unless the user says how many epochs: the more of the two
-_BLOCK = 4096  # rows in one pass without gradients
-_SPREAD = 1 / 3  # the temperature, in units of the spread of the dense network's outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +48,8 @@ class Finished:
 
     Attributes
     ----------
-    masks : dict of str to bool Tensor (M, N)
-        True = kept.
+    masks : dict of str to bool Tensor
+        Of the shapes of the weights; True = kept.
     losses : tuple of float
         Mean training loss of each epoch.
     validation_losses : tuple of float
@@ -123,14 +118,15 @@ class FineTune:
         self,
         model: nn.Module,
         teacher: nn.Module | None,
-        inputs: Tensor,
+        inputs: Tensor | Batch | Batches,
         labels: Tensor | None,
         masks: Mapping[str, Tensor],
         targets: Mapping[str, int] | int | None = None,
         seed: int = 0,
         progress: bool = False,
+        traced: Traced | None = None,
     ) -> Finished:
-        """Fine-tune `model` in place; the arguments are those of `Distill.run`, and `teacher` is not used.
+        """Fine-tune `model` in place; the arguments are those of `Distill.run`; `teacher` and `traced` are not used.
 
         Raises
         ------
@@ -140,14 +136,14 @@ class FineTune:
         """
         if labels is None:
             raise ProblemError("fine-tuning needs labels and there are none; pass labels, or distil without any")
-        check_inputs(inputs)
-        check_labels(inputs, labels)
-        with _trained(model) as parameters:
-            samples, classes = inputs.detach().to(parameters[0]), labels.to(parameters[0].device, torch.int64)
+        samples = joined(inputs)
+        check_labels(samples, labels)
+        with trained_parameters(model) as parameters:
+            samples, classes = moved(samples, parameters[0]), labels.to(parameters[0].device, torch.int64)
             check_classes(model, samples, classes)
             support = Support(model, masks)
-            _groups(support, self.choose, targets)
-            return _finish(model, samples, classes, F.cross_entropy, support, [], self, parameters, seed, progress)
+            competing(support, self.choose, targets)
+            return _finish(model, samples, classes, cross_entropy, support, None, self, parameters, seed, progress)
 
     def _optimiser(self, parameters: list[Tensor], steps: int) -> tuple[Optimizer, LRScheduler]:
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -244,12 +240,13 @@ class Distill:
         self,
         model: nn.Module,
         teacher: nn.Module,
-        inputs: Tensor,
+        inputs: Tensor | Batch | Batches,
         labels: Tensor | None,
         masks: Mapping[str, Tensor],
         targets: Mapping[str, int] | int | None = None,
         seed: int = 0,
         progress: bool = False,
+        traced: Traced | None = None,
     ) -> Finished:
         """Distil `teacher` into `model`, in place.
 
@@ -260,12 +257,13 @@ class Distill:
             does, all are. Whatever ends the run early, pruned weights are exactly zero.
         teacher : nn.Module
             The dense network; left as it is.
-        inputs : Tensor, shape (P, ...)
-            Floating and finite; moved to the model's device and dtype.
+        inputs : Tensor of shape (P, ...), Batch or Batches
+            Floating and finite, or token ids; moved to the model's device and, where floating, to its dtype.
         labels : Tensor or None
             Not used.
-        masks : mapping from str to bool Tensor (M, N)
-            Of each pruned layer's weight, True = kept. Layers that are not named stay dense.
+        masks : mapping from str to bool Tensor
+            Of each pruned layer's weight, of any kind and in its own shape; True = kept. Layers that are not named stay
+            dense.
         targets : mapping from str to int, or int, or None
             How many weights stay: of each layer with "layer", of all masked layers together with "global" (of a
             mapping, the sum). Layers that a mapping leaves out keep their masks with "layer". With "fixed" None, or
@@ -275,6 +273,9 @@ class Distill:
             the same weights, bit for bit.
         progress : bool
             Show a bar on stderr, if that is a terminal.
+        traced : Traced, optional
+            What `trace` says of this model, whatever its weights are by now; needed where weights are taken away, and
+            traced then if it is not given.
 
         Returns
         -------
@@ -286,16 +287,22 @@ class Distill:
             Data, masks or targets do not fit the model or each other, the outputs leave nothing to distil, or the loss
             ceases to be finite; in the last case the model is put back to its start.
         UnknownNameError
-            A mask is of no Linear layer of the model.
+            A mask is of no layer of the model.
+        UnsupportedError
+            Weights are to be taken away, and what the model computes cannot be followed.
         """
-        check_inputs(inputs)
-        with _trained(model) as parameters:
-            samples = inputs.detach().to(parameters[0])
-            wanted = _dense_outputs(teacher, model, samples)
-            loss = self._loss(wanted)
+        samples = joined(inputs)
+        with trained_parameters(model) as parameters:
+            samples = moved(samples, parameters[0])
+            wanted = dense_outputs(teacher, model, samples)
+            loss = squared_error if self.loss == "mse" else softened(wanted, self.temperature, self.anchor)
             support = Support(model, masks)
-            groups = _groups(support, self.choose, targets)
-            return _finish(model, samples, wanted, loss, support, groups, self, parameters, seed, progress)
+            groups = competing(support, self.choose, targets)
+            choice = None
+            if groups:
+                some = taken(samples, slice(0, _TRACED))
+                choice = groups, trace(model, some, on_unsupported="keep") if traced is None else traced
+            return _finish(model, samples, wanted, loss, support, choice, self, parameters, seed, progress)
 
     def _optimiser(self, parameters: list[Tensor], steps: int) -> tuple[Optimizer, LRScheduler]:
         rise = min(_WARM_UP, max(1, steps // 10))
@@ -307,92 +314,14 @@ class Distill:
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
         return optimiser, LambdaLR(optimiser, factor)
 
-    def _loss(self, wanted: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the loss for a batch of the pruned network's outputs and the dense ones."""
-        if self.loss == "mse":
-            return F.mse_loss
-        if wanted.shape[1] < 2:
-            raise ProblemError("loss='kl' compares classes and there is a single output; pass loss='mse'")
-        centred = wanted - wanted.mean(1, keepdim=True)
-        temperature = self.temperature or _SPREAD * float(centred.double().square().mean().sqrt())
-        if not temperature > 0:
-            raise ProblemError("the teacher's outputs are the same for every class; pass the trained, dense network")
-
-        def softened(outputs: Tensor, targets: Tensor) -> Tensor:
-            ours, theirs = (F.log_softmax(each / temperature, dim=1) for each in (outputs, targets))
-            divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-            pull = 0.5 * F.mse_loss(outputs, targets)
-            return (1 - self.anchor) * temperature**2 * divergence + self.anchor * pull
-
-        return softened
-
-
-def fine_tune(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    masks: Mapping[str, Tensor],
-    *,
-    seed: int = 0,
-    progress: bool = False,
-    **settings: Any,
-) -> Finished:
-    """Train with labels under fixed masks, in place: `FineTune` with these settings, run."""
-    return FineTune(**settings).run(model, None, inputs, labels, masks, None, seed, progress)
-
-
-def distill(
-    model: nn.Module,
-    teacher: nn.Module,
-    inputs: Tensor,
-    masks: Mapping[str, Tensor],
-    *,
-    targets: Mapping[str, int] | int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    **settings: Any,
-) -> Finished:
-    """Train to the outputs of `teacher`, in place: `Distill` with these settings, run.
-
-    What is chosen follows from `targets`: nothing where None, within layers by a mapping, over all layers by a number.
-    """
-    choose = "fixed" if targets is None else "layer" if isinstance(targets, Mapping) else "global"
-    return Distill(**settings, choose=choose).run(model, teacher, inputs, None, masks, targets, seed, progress)
-
-
-def _groups(support: Support, choose: str, targets: Mapping[str, int] | int | None) -> list[tuple[list[str], int]]:
-    """Return which layers compete with each other for how many weights, where fewer are to stay than there are."""
-    counts = support.counts()
-    if isinstance(targets, Mapping) and not set(targets) <= set(counts):
-        raise ProblemError(f"targets name {sorted(set(targets) - set(counts))}, which have no mask; add their masks")
-    if choose == "fixed":
-        held = {name: counts[name] for name in targets} if isinstance(targets, Mapping) else sum(counts.values())
-        if targets is not None and held != (dict(targets) if isinstance(targets, Mapping) else targets):
-            raise ProblemError(f"targets={targets} with fixed masks that hold {held}; prune to the targets first")
-        return []
-    if isinstance(targets, Mapping):
-        groups = [([name], count) for name, count in targets.items()]
-        if choose == "global":
-            groups = [(list(counts), sum(targets.values()))]
-    elif targets is None or choose == "layer":
-        raise ProblemError(f"targets={targets} with choose={choose!r}; pass a dict from layer to number of weights")
-    else:
-        groups = [(list(counts), targets)]
-    for names, count in groups:
-        held = sum(counts[name] for name in names)
-        check_count(f"targets of {', '.join(names)}", count)
-        if count > held:
-            raise ProblemError(f"targets={count} of {', '.join(names)}, whose masks hold {held}; start from more")
-    return [(names, count) for names, count in groups if count < sum(counts[name] for name in names)]
-
 
 def _finish(
     model: nn.Module,
-    samples: Tensor,
+    samples: Batch,
     targets: Tensor,
     loss: Loss,
     support: Support,
-    groups: list[tuple[list[str], int]],
+    choice: tuple[list[tuple[list[str], int]], Traced] | None,
     settings: FineTune | Distill,
     parameters: list[Tensor],
     seed: int,
@@ -400,22 +329,24 @@ def _finish(
 ) -> Finished:
     """Split, train, and leave the best weights in the model."""
     began = time.monotonic()
-    drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(samples.device)
+    drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(targets.device)
     apart = math.ceil(settings.validation * len(samples))
     if apart == len(samples):
         raise ProblemError(
             f"validation={settings.validation} of {len(samples)} rows leaves none to train on; pass more rows, or 0"
         )
     held, rows = drawn[:apart], drawn[apart:]
-    inputs, wanted = samples[rows], targets[rows]
+    inputs, wanted = taken(samples, rows), targets[rows]
     per_epoch = math.ceil(len(inputs) / settings.batch_size)
     epochs = settings.epochs or max(_EPOCHS, math.ceil(_STEPS / per_epoch))
     steps = epochs * per_epoch
     optimiser, schedule = settings._optimiser(parameters, steps)
     gradual = None
-    if groups and isinstance(settings, Distill):
+    if choice is not None and isinstance(settings, Distill):
         last = int((1 - settings.final_share) * steps)
-        gradual = GradualPruning(model, support, groups, inputs, last, settings.every, settings.saliency_rows, seed)
+        gradual = GradualPruning(
+            model, choice[1], support, choice[0], inputs, last, settings.every, settings.saliency_rows, seed
+        )
     start, masks = copy.deepcopy(model.state_dict()), support.masks
     try:
         history = run_epochs(
@@ -423,7 +354,7 @@ def _finish(
             epochs=epochs, batch_size=settings.batch_size, seed=seed,
             dropout=isinstance(settings, FineTune), support=support,
             before_step=None if gradual is None else gradual.before_step,
-            held_out=(samples[held], targets[held]) if apart else None, patience=settings.patience,
+            held_out=(taken(samples, held), targets[held]) if apart else None, patience=settings.patience,
             title=settings.name, progress=progress,
         )  # fmt: skip
     except ProblemError:
@@ -432,7 +363,7 @@ def _finish(
         support.set(masks)
         raise
     counts = support.counts()
-    assert all(sum(counts[name] for name in names) == count for names, count in groups)
+    assert all(sum(counts[name] for name in names) == count for names, count in (choice[0] if choice else []))
     return Finished(
         masks=support.masks,
         losses=history.losses,
@@ -441,38 +372,6 @@ def _finish(
         best_epoch=history.best_epoch,
         seconds=time.monotonic() - began,
     )
-
-
-@contextmanager
-def _trained(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield the parameters to train, which are all if none requires a gradient; then put the flags back."""
-    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    thawed = [] if chosen else [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    if not chosen and not thawed:
-        raise ProblemError(f"model ({type(model).__name__}) has no parameters to train; pass a network")
-    for parameter in thawed:
-        parameter.requires_grad_(True)
-    try:
-        yield [*chosen, *thawed]
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        for parameter in (*chosen, *thawed):
-            parameter.grad = None
-
-
-def _dense_outputs(teacher: nn.Module, model: nn.Module, samples: Tensor) -> Tensor:
-    """Return the teacher's outputs (P, C), in the dtype and on the device of the samples."""
-    wanted = outputs(teacher, torch.split(samples, _BLOCK), dtype=samples.dtype).to(samples.device)
-    outputs(model, [samples[:1]])  # refuses what cannot be run
-    with evaluating(model), torch.no_grad():
-        found = model(samples[:1].clone())
-    if len(wanted) != len(samples) or found.shape != wanted[:1].shape:
-        raise ProblemError(
-            f"the teacher maps {len(samples)} rows to outputs of shape {tuple(wanted.shape)} and the model one row to "
-            f"{tuple(found.shape)}; pass networks that both map (P, ...) to (P, C)"
-        )
-    return wanted
 
 
 def _check_common(settings: FineTune | Distill) -> None:

@@ -1,68 +1,121 @@
-"""What a model is, before anything is done to it: its prunable layers in execution order, or a refusal.
+"""What a model is, before anything is done to it: a program, its layers, and what each layer's output flows into.
 
-Pruning layer by layer is only right if each layer's input is known to be the previous layer's output. Module
-order does not say that; the traced forward does.
+Pruning layer by layer is only right if each layer's input is known to come from the layers before it. Module order does
+not say that; the observed forward does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.fx import Graph, Node, Tracer
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import Tensor, nn
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
-from nettrim.network.edit import evaluating, find_linear, first_line
+from nettrim.network.batches import Batch
+from nettrim.network.checks import COMPUTED, check_dtypes, check_finite, copied, refuse_hooks
+from nettrim.network.edit import raw_state
+from nettrim.network.fold import Fold, fold
+from nettrim.network.matrix import Window
+from nettrim.network.observe import observe
+from nettrim.network.program import Count, Held, Program, Ref, Step
+from nettrim.network.selection import listed, matching
 
-_SUPPORTED = "nettrim prunes plain chains of Linear, ReLU, Dropout, Flatten and Identity"
-_RELU_CALLS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-_SHAPE_CALLS = {torch.flatten, torch.reshape, "flatten", "reshape", "view"}
-# forwards are compared, not classes, so that a subclass is refused only if it changes what the layer does
-_PASS_FORWARDS = {nn.Dropout.forward, nn.Flatten.forward, nn.Identity.forward}
+#: functions that nettrim prunes the weight of
+_LAYERS = {"linear", "conv1d", "conv2d"}
+#: functions that multiply activations with a weight in a way that is not pruned
+_WEIGHING = {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "outer", "einsum", "tensordot", "bilinear"}
+_WEIGHING |= {"addmm", "addmv", "addbmm", "baddbmm", "chain_matmul", "linalg.matmul", "linalg.multi_dot"}
+_WEIGHING |= {"conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "convolution"}
+_WEIGHING |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+#: what leaves every number as it is, so that a ReLU behind it is a ReLU before it
+_CARRIES = {"flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous"}
+_CARRIES |= {"dropout", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "to", "identity", "T"}
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One Linear layer of a traced model.
+    """One layer of a traced model.
 
     Attributes
     ----------
     name : str
-        Qualified name, as `model.named_modules()` gives it.
+        Qualified name of its module, as `model.named_modules()` gives it; of its weight, where that is not called so.
+    kind : str
+        "linear", "conv1d" or "conv2d".
+    step : int
+        Where it is called.
+    output : int
+        The step whose output is compared: that of its ReLU, or its own.
+    weight : str
+        The name of its weight.
+    bias_name : str or None
+        The name of its bias, after batch norms are folded.
+    shape : tuple of int
+        Of its weight.
     in_features, out_features : int
-        N and M: the weight has shape (M, N).
+        N and M of its matrix, N for one group.
+    groups : int
     bias : bool
-        Whether the layer has a bias.
+        Whether it has a bias, after batch norms are folded.
     relu : bool
-        Whether the layer's output flows into a ReLU before the next Linear layer or the end.
+        Whether its output flows into a ReLU and nowhere else.
     prune : bool
-        Whether the layer was selected by `layers` and `ignore`.
+        Whether it was selected by `layers` and `ignore`.
+    window : Window or None
+        Of a convolution.
+    positions : int
+        How often a sample meets it.
+    generation : int
+        Layers of one generation do not read each other.
+    sum : int or None
+        The step that adds its output, which flows nowhere else, to a trunk.
     """
 
     name: str
+    kind: str
+    step: int
+    output: int
+    weight: str
+    bias_name: str | None
+    shape: tuple[int, ...]
     in_features: int
     out_features: int
+    groups: int
     bias: bool
     relu: bool
     prune: bool
+    window: Window | None
+    positions: int
+    generation: int
+    sum: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many weights it has."""
+        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """The Linear layers of a model in execution order: each one's output reaches the next one's input.
+    """A network's forward and its layers.
 
     Attributes
     ----------
+    program : Program
+        With batch norms folded.
+    folds : tuple of Fold
     layers : tuple of LayerSpec
-        At least one.
+        In execution order; at least one.
+    unsupported : tuple of (str, str)
+        Weights that were left dense because they cannot be pruned, and why.
     """
 
+    program: Program
+    folds: tuple[Fold, ...]
     layers: tuple[LayerSpec, ...]
+    unsupported: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,16 +130,6 @@ class LayerGraph:
     def layer(self, name: str) -> LayerSpec:
         """Look up a layer.
 
-        Parameters
-        ----------
-        name : str
-            Qualified name.
-
-        Returns
-        -------
-        LayerSpec
-            The layer of that name.
-
         Raises
         ------
         UnknownNameError
@@ -95,33 +138,54 @@ class LayerGraph:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise UnknownNameError(f"no layer is called {name!r}; the layers are {_listed(self.names)}")
+        raise UnknownNameError(f"no layer is called {name!r}; the layers are {listed(self.names)}")
 
 
-def trace(model: nn.Module, layers: str | Sequence[str] = "all", ignore: str | Sequence[str] = ()) -> LayerGraph:
-    """Find the Linear layers of a model in execution order, and which of them are to be pruned.
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A model as `prune` works on it.
 
-    The model's forward is traced, not its module order read: nested containers, modules of one's own and
-    functional calls (`F.relu`, `torch.flatten`, `x.view(x.size(0), -1)`, `F.dropout`) are all followed.
+    Attributes
+    ----------
+    graph : LayerGraph
+    state : dict of str to Tensor
+        Its parameters, buffers and constants in float64, batch norms not folded.
+    double : nn.Module
+        The copy that they belong to.
+    """
+
+    graph: LayerGraph
+    state: dict[str, Tensor]
+    double: nn.Module
+
+
+def trace(
+    model: nn.Module,
+    batch: Batch,
+    layers: Any = "all",
+    ignore: Any = (),
+    on_unsupported: str = "refuse",
+) -> Traced:
+    """Find the layers of a model in execution order, and which of them are to be pruned.
 
     Parameters
     ----------
     model : nn.Module
-        A plain chain: every step reads just the step before it. Left as it is.
-    layers : "all", or str or sequence of str
-        Which Linear layers to prune: names or patterns such as ``"body.*"``.
-    ignore : str or sequence of str
-        Names or patterns of layers to leave alone, whatever `layers` says.
-
-    Returns
-    -------
-    LayerGraph
-        All Linear layers, also those that are not to be pruned.
+        Left as it is.
+    batch : Batch
+        Samples to observe the forward on.
+    layers : "all", or str, type, or sequence of them
+        Which layers to prune: names, patterns such as ``"body.*"``, classes of modules such as ``nn.Linear`` or
+        ``"Linear"``.
+    ignore : str, type, or sequence of them
+        Layers to leave alone, whatever `layers` says.
+    on_unsupported : {"refuse", "keep"}
+        What to do about selected weights that cannot be pruned.
 
     Raises
     ------
     UnsupportedError
-        The model is not such a chain; the text names the step that is in the way.
+        What the forward does cannot be followed, or a weight that is selected cannot be pruned; the text names it.
     UnknownNameError
         A name or pattern matches no layer.
     ProblemError
@@ -129,204 +193,213 @@ def trace(model: nn.Module, layers: str | Sequence[str] = "all", ignore: str | S
     """
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    if isinstance(model, nn.Linear):
-        raise UnsupportedError("model is itself a Linear, whose only layer has no name; wrap it: nn.Sequential(model)")
-    _refuse_hooks(model)
-    relu = _follow(_forward_graph(model), model)
-    if not relu:
-        raise UnsupportedError(f"model ({type(model).__name__}) has no Linear layer to prune; {_SUPPORTED}")
-    for name in relu:
-        _check_parameters(model, name)
-    chosen = _matching(layers, list(relu), "layers") - _matching(ignore, list(relu), "ignore")
+    if on_unsupported not in ("refuse", "keep"):
+        raise UnknownNameError(f"on_unsupported={on_unsupported!r} is unknown: use refuse or keep.")
+    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
+        raise UnsupportedError(
+            f"model is itself a {type(model).__name__}, whose only layer has no name; wrap it: nn.Sequential(model)"
+        )
+    refuse_hooks(model)
+    check_dtypes(model)
+    double = copied(model)
+    state = raw_state(double)
+    doubled = Batch(
+        tuple(t.double() if t.is_floating_point() else t for t in batch.inputs),
+        {key: t.double() if t.is_floating_point() else t for key, t in batch.kwargs.items()},
+    )
+    program, constants = observe(double, state, doubled)
+    program, folds = fold(program)
+    state |= constants
+    modules = dict(model.named_modules())
+    found, cannot = _layers(program, state, _aliases(double), constants)
+    if not found and not cannot:
+        raise UnsupportedError(f"model ({type(model).__name__}) has no Linear or convolutional layer to prune")
+    names = [*(layer["name"] for layer in found), *cannot]
+    chosen = matching(layers, names, modules, "layers") - matching(ignore, names, modules, "ignore")
+    refused = {name: why for name, why in cannot.items() if name in chosen}
+    if refused and on_unsupported == "refuse":
+        name, why = next(iter(refused.items()))
+        raise UnsupportedError(
+            f'layer {name!r} {why}; or leave such layers dense: ignore them, or on_unsupported="keep"'
+        )
+    chosen -= set(cannot)
     if not chosen:
         raise ProblemError(
-            f"layers={layers!r} with ignore={ignore!r} leaves nothing to prune; select one of {_listed(relu)}"
+            f"layers={layers!r} with ignore={ignore!r} leaves nothing to prune; select one of {listed(names)}"
         )
-    specs = []
-    for name, followed in relu.items():
-        linear = find_linear(model, name)
-        has_bias = linear._parameters["bias"] is not None
-        specs.append(LayerSpec(name, linear.in_features, linear.out_features, has_bias, followed, name in chosen))
-    return LayerGraph(tuple(specs))
+    for layer in found:
+        check_finite(state, layer)
+    specs = tuple(LayerSpec(**layer, prune=layer["name"] in chosen) for layer in found)
+    return Traced(LayerGraph(program, folds, specs, tuple(cannot.items())), state, double)
 
 
-class _LinearTracer(Tracer):
-    """Keeps subclasses of Linear whole, so that a refusal can name them."""
+def weight_of(step: Step) -> str | None:
+    """Return the name of the weight that a step of a kind that can be pruned applies, or None."""
+    weight = step.argument("weight") if step.op in _LAYERS else None
+    return weight.name if isinstance(weight, Held) else None
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+def window_of(step: Step, shape: Sequence[int]) -> tuple[Window | None, int]:
+    """Return the window and the number of groups of such a step, for a weight of that shape."""
+    if step.op == "linear":
+        return None, 1
+    stride, padding, dilation = step.argument("stride", 1), step.argument("padding", 0), step.argument("dilation", 1)
+    return Window.of(tuple(shape[2:]), stride, padding, dilation), int(step.argument("groups", 1))
 
 
-def _refuse_hooks(model: nn.Module) -> None:
-    """Refuse code that was hung on single modules: it changes what they compute, and our copies would run it."""
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise UnsupportedError(
-            f"model ({type(model).__name__}) is compiled; pass the plain module that it was compiled from"
+def _layers(
+    program: Program, state: Mapping[str, Tensor], aliases: Mapping[str, list[str]], constants: Container[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return what is known of every layer that can be pruned, and why others cannot."""
+    users = program.users()
+    fed = _fed(program)
+    reads: dict[str, int] = {}
+    for step in program.steps:
+        for held in step.held:
+            reads[held] = reads.get(held, 0) + 1
+    found: list[dict[str, Any]] = []
+    cannot: dict[str, str] = {}
+    depth = [0] * len(program.steps)
+    for index, step in enumerate(program.steps):
+        depth[index] = max((depth[ref.step] for ref in step.refs), default=0)
+        if step.op not in _LAYERS:
+            if step.op in _WEIGHING and fed[index]:
+                _note_weights(program, step, fed, state, cannot)
+            continue
+        weight, bias = step.argument("weight"), step.argument("bias")
+        used = [weight] if bias is None else [weight, bias]
+        if not all(isinstance(held, Held) and held.name not in constants for held in used):
+            cannot[step.where or _computed_from(program, step)] = COMPUTED
+            continue
+        # a weight of several names goes by that of the module that applies it
+        names = aliases.get(weight.name, [weight.name])
+        name = next((n for n in names if n.rpartition(".")[0] == step.where), names[0]).removesuffix(".weight")
+        shared = next((held for held in used if len(aliases.get(held.name, "")) > 1), None)
+        if shared is not None:
+            owners = " and ".join(repr(alias.rpartition(".")[0]) for alias in aliases[shared.name])
+            cannot[name] = (
+                f"shares its {'weight' if shared == weight else 'bias'} with another ({owners}; tied weights), so they "
+                "cannot be pruned one by one; give each its own copy"
+            )
+            continue
+        if any(reads[held.name] > 1 for held in used):
+            calls = sum(s.op in _LAYERS and s.argument("weight") == weight for s in program.steps)
+            cannot[name] = (
+                f"is called {calls} times in one forward, so no single input decides its weights; give each call its "
+                "own layer"
+                if calls > 1
+                else "shares its weight or bias with another part of the model; give each its own copy"
+            )
+            continue
+        source = step.argument("input")
+        if not isinstance(source, Ref) or not fed[source.step]:
+            continue  # it acts on parameters alone
+        shape = tuple(state[weight.name].shape)
+        window, groups = window_of(step, shape)
+        output = _relu_behind(program, users, index)
+        found.append(
+            {
+                "name": name,
+                "kind": step.op,
+                "step": index,
+                "output": index if output is None else output,
+                "weight": weight.name,
+                "bias_name": None if bias is None else bias.name,
+                "shape": shape,
+                "in_features": state[weight.name][0].numel(),
+                "out_features": shape[0],
+                "groups": groups,
+                "bias": bias is not None,
+                "relu": output is not None,
+                "window": window,
+                "positions": _positions(step),
+                "generation": depth[index],
+                "sum": _sum_behind(program, users, index),
+            }
         )
+        depth[index] += 1
+    return found, cannot
+
+
+def _positions(step: Step) -> int:
+    """Return how many rows one sample gives a layer."""
+    assert step.shape is not None
+    spatial = step.shape[:-1] if step.op == "linear" else (step.shape[0], *step.shape[2:])
+    rows = 1
+    for size in spatial:
+        rows *= size.each if isinstance(size, Count) else size
+    return rows
+
+
+def _fed(program: Program) -> list[bool]:
+    """Return for every step whether it depends on what the network is given."""
+    fed: list[bool] = []
+    for index, step in enumerate(program.steps):
+        fed.append(index < len(program.inputs) or any(fed[ref.step] for ref in step.refs))
+    return fed
+
+
+def _relu_behind(program: Program, users: list[list[int]], index: int) -> int | None:
+    """Return the ReLU that a step's output flows into and nowhere else, or None."""
+    while True:
+        if len(users[index]) != 1 or program.output.step == index:
+            return None
+        index = users[index][0]
+        step = program.steps[index]
+        if step.op == "relu" or (step.op in ("clamp", "clip", "clamp_min") and _is_relu(step)):
+            return index
+        if step.op not in _CARRIES:
+            return None
+
+
+def _sum_behind(program: Program, users: list[list[int]], index: int) -> int | None:
+    """Return the step that adds a step's output, and nothing else of it, to a tensor of the same shape, or None."""
+    if len(users[index]) != 1 or program.output.step == index:
+        return None
+    step = program.steps[users[index][0]]
+    refs = step.refs
+    plain = step.op == "add" and len(refs) == 2 and refs[0] != refs[1] and not step.held and len(step.args) == 2
+    return users[index][0] if plain and step.shape == program.steps[index].shape else None
+
+
+def _is_relu(step: Step) -> bool:
+    """Tell whether a clamp is at zero from below and nowhere from above."""
+    low, high = (*step.args[1:], None, None)[:2]
+    return step.kwargs.get("min", low) == 0 and step.kwargs.get("max", high) is None
+
+
+def _note_weights(
+    program: Program, step: Step, fed: list[bool], state: Mapping[str, Tensor], cannot: dict[str, str]
+) -> None:
+    """Note the matrices that a step multiplies activations with."""
+    pending, seen = [*step.refs], set()
+    names = list(step.held)
+    while pending:
+        ref = pending.pop()
+        if fed[ref.step] or ref.step in seen:
+            continue
+        seen.add(ref.step)
+        names += program.steps[ref.step].held
+        pending += program.steps[ref.step].refs
+    for name in names:
+        if state[name].dim() >= 2 and state[name].is_floating_point() and not name.startswith("constant."):
+            cannot[name.removesuffix(".weight")] = f"is used by {step.op}, which cannot be pruned"
+
+
+def _computed_from(program: Program, step: Step) -> str:
+    """Return the name of the first parameter that a step's weight or bias is computed from."""
+    pending = [ref for ref in step.refs if ref != step.argument("input")]
+    names = list(step.held)
+    while pending and not names:
+        source = program.steps[pending.pop(0).step]
+        names, pending = list(source.held), pending + source.refs
+    return names[0].removesuffix(".weight") if names else step.op
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of every parameter, under the first of them; a module of several names counts once."""
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        # torch's own hooks that make weights up are refused later, in words of their own
-        made_up = isinstance(module, nn.Linear) and "weight" not in module._parameters
-        if made_up or isinstance(module, LazyModuleMixin):
-            continue
-        where = f"layer {name!r}" if name else "the model"
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedError(
-                f"{where} ({type(module).__name__}) carries a forward hook, which would run on every copy of the "
-                "model and may change what it computes; remove the hooks first, with .remove() of their handles"
-            )
-        if "forward" in vars(module):
-            raise UnsupportedError(
-                f"{where} ({type(module).__name__}) has a forward that was put on the object, not on its class; "
-                "delete that attribute, or define the forward in a class"
-            )
-
-
-def _forward_graph(model: nn.Module) -> Graph:
-    # in evaluation mode: F.dropout(x, training=self.training) enters the graph with the flag of the moment
-    with evaluating(model):
-        try:
-            return _LinearTracer().trace(model)
-        except Exception as error:  # whatever the user's forward raises when it is handed a proxy
-            raise UnsupportedError(
-                f"the forward of {type(model).__name__} cannot be traced by torch.fx ({first_line(error)}), "
-                "most often because it branches or loops on values or shapes; rewrite it without"
-            ) from error
-
-
-def _follow(graph: Graph, model: nn.Module) -> dict[str, bool]:
-    """Walk the traced forward; return whether each Linear layer, in execution order, flows into a ReLU."""
-    relu: dict[str, bool] = {}
-    current: Node | None = None
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.users and current is not None:
-                raise UnsupportedError(
-                    f"forward reads several inputs ({current.target!r} and {node.target!r}); "
-                    f"{_SUPPORTED} with one input"
-                )
-            current = node if node.users else current
-            continue
-        if _is_size(node):
-            continue
-        if node.op != "output":
-            _apply(node, model, relu)
-        sources = [source for source in node.all_input_nodes if not _is_size(source)]
-        returns_more = node.op == "output" and not isinstance(node.args[0], Node)
-        if sources != [current] or returns_more:
-            raise UnsupportedError(
-                f"{_described(node, model)} does not take just the result of the step before it, so the "
-                f"model branches, drops a result or returns several; {_SUPPORTED}"
-            )
-        current = node
-    return relu
-
-
-def _apply(node: Node, model: nn.Module, relu: dict[str, bool]) -> None:
-    """Note what one step of the forward means for the layers found so far, or refuse it."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        forward = type(module).forward
-        if forward is nn.Linear.forward:
-            name = str(node.target)
-            if name in relu:
-                raise UnsupportedError(
-                    f"layer {name!r} (Linear) is called twice in one forward, so no single input decides its "
-                    "weights; give each call its own layer"
-                )
-            relu[name] = False
-            return
-        passes, is_relu = forward in _PASS_FORWARDS, forward is nn.ReLU.forward
-    elif node.target is F.dropout:
-        if node.kwargs.get("training", True):
-            raise UnsupportedError(
-                "a call of F.dropout stays random in evaluation mode; pass it training=self.training"
-            )
-        passes, is_relu = True, False
-    else:
-        passes = node.op != "get_attr" and node.target in _SHAPE_CALLS
-        is_relu = node.op != "get_attr" and node.target in _RELU_CALLS
-    if not passes and not is_relu:
-        raise UnsupportedError(f"{_described(node, model)} cannot be handled; {_SUPPORTED}")
-    if is_relu and relu:
-        relu[next(reversed(relu))] = True
-
-
-def _is_size(node: Node) -> bool:
-    """Tell whether a step only reads or reckons with sizes, as in `x.view(x.size(0), -1)`."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    return bool(node.all_input_nodes) and all(_is_size(source) for source in node.all_input_nodes)
-
-
-def _described(node: Node, model: nn.Module) -> str:
-    """Name a step of the forward so that its author recognises it."""
-    if node.op == "call_module":
-        return f"layer {str(node.target)!r} ({type(model.get_submodule(str(node.target))).__name__})"
-    if node.op == "call_method":
-        return f"the tensor method {str(node.target)!r} in forward"
-    if node.op == "get_attr":
-        return f"the direct use of {str(node.target)!r} in forward"
-    if node.op == "output":
-        return "the output of forward"
-    return f"the call of {getattr(node.target, '__name__', node.target)!r} in forward"
-
-
-def _check_parameters(model: nn.Module, name: str) -> None:
-    """Refuse a layer whose weights cannot simply be read and written."""
-    own = model.get_submodule(name)._parameters
-    weight = own.get("weight")
-    if weight is None or "bias" not in own:
-        raise UnsupportedError(
-            f"layer {name!r} computes its weight or bias from other tensors (a parametrization or a mask); "
-            "make it plain first, with torch.nn.utils.parametrize.remove_parametrizations or "
-            "torch.nn.utils.prune.remove"
-        )
-    if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
-        raise UnsupportedError(f"layer {name!r} holds no weights yet; load them, or run one batch through the model")
-    for kind, parameter in own.items():
-        if parameter is None:
-            continue
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedError(
-                f"the {kind} of layer {name!r} is {parameter.dtype}, and weights that are rounded so coarsely miss "
-                "their radius; call .float() on the model first"
-            )
-        bad = int((~torch.isfinite(parameter.detach())).sum())
-        if bad:
-            raise ProblemError(
-                f"the {kind} of layer {name!r} has {bad} NaN or infinite entries; "
-                "pass a model that was trained to finite weights"
-            )
-        for other_name, other in model.named_modules():
-            if other_name != name and any(shared is parameter for shared in other._parameters.values()):
-                raise UnsupportedError(
-                    f"layers {name!r} and {other_name!r} share one {kind} (tied weights), so they cannot be "
-                    "pruned one by one; give each its own copy"
-                )
-
-
-def _matching(patterns: str | Sequence[str], names: list[str], argument: str) -> set[str]:
-    """Return the names that any of the patterns matches; each must match one."""
-    if isinstance(patterns, str):
-        if argument == "layers" and patterns == "all":
-            return set(names)
-        patterns = [patterns]
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ProblemError(f"{argument} is {patterns!r}; pass a name, or a list of names or patterns")
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
-        if not matched:
-            raise UnknownNameError(
-                f"{argument} names {pattern!r}, which matches no layer; the layers are {_listed(names)}"
-            )
-        chosen |= matched
-    return chosen
-
-
-def _listed(names: Sequence[str] | dict[str, bool]) -> str:
-    return ", ".join(map(repr, names))
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    return {names[0]: names for names in owners.values()}

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from nettrim.errors import ProblemError
-from nettrim.network.edit import evaluating, find_linear, first_line
-
-_BLOCK = 4096  # rows in one pass without gradients
+from nettrim.network.batches import Batch
+from nettrim.network.edit import evaluating, first_line
+from nettrim.network.losses import Loss, classes_last, cross_entropy
+from nettrim.network.samples import BLOCK, check_inputs, forward, forward_checked, pieces, taken
+from nettrim.network.support import Support
 
 
 def train(
@@ -44,11 +47,12 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Maps (B, ...) to (B, C) scores. Changed in place, and left in evaluation mode.
+        Maps (B, ...) to scores (B, C), (B, T, C) or (B, C, height, width), or to an object that holds them as `logits`.
+        Changed in place, and left in evaluation mode.
     inputs : Tensor, shape (P, ...)
         Floating and finite; moved to the model's device and dtype.
-    labels : Tensor of integers, shape (P,)
-        Classes in 0 ... C - 1.
+    labels : Tensor of integers, shape (P,), (P, T) or (P, height, width)
+        Classes in 0 ... C - 1; with several positions, those of -100 do not count.
     epochs : int
         Passes over the data, at least 1.
     learning_rate : float
@@ -86,7 +90,7 @@ def train(
     optimiser = torch.optim.Adam(parameters, lr=learning_rate, weight_decay=weight_decay)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * math.ceil(len(inputs) / batch_size))
     history = run_epochs(
-        model, inputs, labels, F.cross_entropy, optimiser, decay,
+        model, inputs, labels, cross_entropy, optimiser, decay,
         epochs=epochs, batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
     return list(history.losses)
@@ -113,9 +117,9 @@ class History:
 
 def run_epochs(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Tensor | Batch,
     targets: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     optimiser: Optimizer,
     schedule: LRScheduler,
     *,
@@ -125,7 +129,7 @@ def run_epochs(
     dropout: bool = True,
     support: Support | None = None,
     before_step: Callable[[], bool] | None = None,
-    held_out: tuple[Tensor, Tensor] | None = None,
+    held_out: tuple[Tensor | Batch, Tensor] | None = None,
     patience: int | None = None,
     title: str = "training",
     progress: bool = False,
@@ -136,8 +140,8 @@ def run_epochs(
     ----------
     model : nn.Module
         Changed in place, and left in evaluation mode.
-    inputs : Tensor, shape (P, ...)
-        In the model's dtype and on its device.
+    inputs : Tensor, shape (P, ...), or Batch
+        Where floating in the model's dtype, and on its device.
     targets : Tensor, shape (P, ...)
         What goes into the loss beside the outputs.
     loss : callable
@@ -151,8 +155,9 @@ def run_epochs(
     seed : int
         Decides shuffling and dropout.
     dropout : bool
-        Train in training mode: dropout is on, and batch normalisation uses and updates the statistics of batches. Else
-        in evaluation mode, where both are as they will be in use.
+        Train in training mode: dropout is on, and batch normalisation uses and updates the statistics of batches; a
+        last step of a single row, which has no variance, then takes one more from the step before. Else in evaluation
+        mode, where both are as they will be in use.
     support : Support, optional
         The weights that there are: all others are zero from the start on, after every step, and whatever ends the loop.
     before_step : callable, optional
@@ -174,9 +179,11 @@ def run_epochs(
     Raises
     ------
     ProblemError
-        The loss ceases to be finite.
+        The loss ceases to be finite, or batch normalisation has a single row to work with.
     """
-    rows, device = len(inputs), inputs.device
+    samples = Batch((inputs,)) if isinstance(inputs, Tensor) else inputs
+    rows, device = len(samples), targets.device
+    cuts = _cuts(rows, batch_size, apart=not (dropout and any(isinstance(m, _BatchNorm) for m in model.modules())))
     shuffling = torch.Generator().manual_seed(seed)
     graphics = [device] if device.type == "cuda" else []
     losses: list[float] = []
@@ -197,11 +204,11 @@ def run_epochs(
             for epoch in tqdm(range(epochs), title, leave=False, disable=None if progress else True):
                 total = 0.0
                 order = torch.randperm(rows, generator=shuffling).to(device)
-                for start in range(0, rows, batch_size):
+                for start, stop in cuts:
                     if before_step is not None:
                         settled = before_step()
-                    chosen = order[start : start + batch_size]
-                    value = loss(model(inputs[chosen]), targets[chosen])
+                    chosen = order[start:stop]
+                    value = loss(_step_forward(model, taken(samples, chosen)), targets[chosen])
                     optimiser.zero_grad()
                     value.backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
@@ -230,13 +237,33 @@ def run_epochs(
     return History(tuple(losses), tuple(watch.losses), watch.epoch)
 
 
+def _cuts(rows: int, batch_size: int, apart: bool) -> list[tuple[int, int]]:
+    """Return where the batches of an epoch begin and end; a single row may stand `apart`, or takes another with it."""
+    starts = list(range(0, rows, batch_size))
+    if not apart and len(starts) > 1 and rows - starts[-1] == 1 and batch_size > 2:
+        starts[-1] -= 1
+    return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def _step_forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the outputs of one step; what was chosen is a copy already."""
+    try:
+        return forward(model, batch)
+    except ValueError as error:
+        if len(batch) > 1 or not model.training:
+            raise
+        raise ProblemError(
+            f"model ({type(model).__name__}) cannot be trained on a batch of one row ({first_line(error)}); "
+            "raise batch_size, or pass more rows"
+        ) from error
+
+
 class _Watch:
     """Measures the loss on rows held out, and holds on to the best weights."""
 
-    def __init__(
-        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
-    ) -> None:
-        self.model, self.loss, self.inputs, self.targets = model, loss, inputs, targets
+    def __init__(self, model: nn.Module, loss: Loss, inputs: Tensor | Batch, targets: Tensor) -> None:
+        self.model, self.loss, self.targets = model, loss, targets
+        self.inputs = Batch((inputs,)) if isinstance(inputs, Tensor) else inputs
         self.losses: list[float] = []
         self.epoch = 0
         self.best: dict[str, Any] | None = None
@@ -245,9 +272,8 @@ class _Watch:
         """Measure; where this epoch counts, it may be the best."""
         total = 0.0
         with evaluating(self.model), torch.no_grad():
-            for rows, wanted in zip(torch.split(self.inputs, _BLOCK), torch.split(self.targets, _BLOCK), strict=True):
-                # copied, because a first layer that works in place would otherwise change them
-                total += float(self.loss(self.model(rows.clone()), wanted)) * len(rows)
+            for rows, wanted in zip(pieces(self.inputs, BLOCK), torch.split(self.targets, BLOCK), strict=True):
+                total += float(self.loss(forward_checked(self.model, rows), wanted)) * len(rows)
         self.losses.append(total / len(self.inputs))
         if counts and (self.best is None or self.losses[-1] < self.losses[self.epoch]):
             self.epoch = len(self.losses) - 1
@@ -264,65 +290,22 @@ class _Watch:
             self.model.load_state_dict(self.best)
 
 
-class Support:
-    """Which weights of a model there are: the masks of its pruned layers, held at the moment.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Weights off the masks are set to zero by `set`, `apply` and `clear`, not before.
-    masks : mapping from str to bool Tensor (M, N)
-        From the names of Linear layers; True = kept. Layers that are not named are dense.
-
-    Attributes
-    ----------
-    masks : dict of str to bool Tensor (M, N)
-
-    Raises
-    ------
-    ProblemError
-        There is no mask, or one is not bool or not of its weight's shape.
-    UnknownNameError
-        A name is not that of a Linear layer.
-    """
-
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        if not masks:
-            raise ProblemError("masks is empty; give the mask of at least one pruned layer")
-        self._weights = {name: find_linear(model, name).weight for name in masks}
-        for name, mask in masks.items():
-            shape = tuple(self._weights[name].shape)
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
-                found = (
-                    f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                )
-                raise ProblemError(f"the mask of layer {name!r} is {found}; pass bool of shape {shape}")
-        self._take(masks)
-
-    def set(self, masks: Mapping[str, Tensor]) -> None:
-        """Take other masks of the same layers, and set the weights off them to zero."""
-        self._take(masks)
-        self.clear()
-
-    def apply(self) -> None:
-        """Set the finite weights off the masks to zero, fast."""
-        with torch.no_grad():
-            for weight, factor in zip(self._weights.values(), self._factors, strict=True):
-                weight.mul_(factor)
-
-    def clear(self) -> None:
-        """Set all weights off the masks to zero, also NaN."""
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.masked_fill_(~self.masks[name], 0.0)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many weights each mask holds."""
-        return {name: int(mask.sum()) for name, mask in self.masks.items()}
-
-    def _take(self, masks: Mapping[str, Tensor]) -> None:
-        self.masks = {name: mask.to(self._weights[name].device, copy=True) for name, mask in masks.items()}
-        self._factors = [self.masks[name].to(weight.dtype) for name, weight in self._weights.items()]
+@contextmanager
+def trained_parameters(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield the parameters to train, which are all if none requires a gradient; then put the flags back."""
+    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    thawed = [] if chosen else [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    if not chosen and not thawed:
+        raise ProblemError(f"model ({type(model).__name__}) has no parameters to train; pass a network")
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    try:
+        yield [*chosen, *thawed]
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        for parameter in (*chosen, *thawed):
+            parameter.grad = None
 
 
 def check_count(name: str, count: int) -> None:
@@ -351,33 +334,15 @@ def check_rates(learning_rate: float, weight_decay: float) -> None:
         raise ProblemError(f"weight_decay is {weight_decay!r}; pass 0 or a small positive number")
 
 
-def check_inputs(inputs: Tensor) -> None:
-    """Refuse inputs that are not floating and finite, of shape (P, ...) with at least one row.
+def check_labels(inputs: Tensor | Batch, labels: Tensor) -> None:
+    """Refuse labels that are not integer classes for each row of the inputs.
 
     Raises
     ------
     ProblemError
         They are not.
     """
-    if inputs.dim() < 2 or len(inputs) == 0 or not inputs.is_floating_point():
-        raise ProblemError(
-            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; "
-            "pass at least one floating row, of shape (P, ...)"
-        )
-    bad = int((~torch.isfinite(inputs)).sum())
-    if bad:
-        raise ProblemError(f"inputs have {bad} NaN or infinite entries; clean the data")
-
-
-def check_labels(inputs: Tensor, labels: Tensor) -> None:
-    """Refuse labels that are not one integer class for each row of the inputs.
-
-    Raises
-    ------
-    ProblemError
-        They are not.
-    """
-    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dim() < 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ProblemError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; pass integer classes of shape (P,)"
         )
@@ -385,28 +350,33 @@ def check_labels(inputs: Tensor, labels: Tensor) -> None:
         raise ProblemError(f"inputs have {len(inputs)} rows and labels {len(labels)}; pass one label for each row")
 
 
-def check_classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+def check_classes(model: nn.Module, inputs: Tensor | Batch, labels: Tensor) -> None:
     """Refuse a model that does not score the labels' classes: on a GPU, a class out of range ends the whole process.
 
     Raises
     ------
     ProblemError
-        The model fails on the inputs, does not return (B, C), or has fewer classes.
+        The model fails on the inputs, returns no scores for what has labels, or has fewer classes.
     """
-    try:
-        with evaluating(model), torch.no_grad():
-            scores = model(inputs[:1])
-    except (RuntimeError, TypeError, ValueError) as error:
+    first = taken(Batch((inputs,)) if isinstance(inputs, Tensor) else inputs, slice(0, 1))
+    with evaluating(model), torch.no_grad():
+        scores = forward_checked(model, first)
+    if scores.dim() < 2 or len(scores) != 1:
         raise ProblemError(
-            f"model ({type(model).__name__}) fails on inputs of shape {tuple(inputs.shape)} "
-            f"({first_line(error)}); pass inputs that the model can be called on"
-        ) from error
-    if not isinstance(scores, Tensor) or scores.dim() != 2:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ProblemError(f"the model maps one row to {found}; pass a model that returns scores of shape (B, C)")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= scores.shape[1]:
+            f"the model maps one row to {tuple(scores.shape)}; pass a model that returns scores of shape (B, C)"
+        )
+    scores = classes_last(scores)
+    if scores.shape[1:-1] != labels.shape[1:]:
         raise ProblemError(
-            f"labels lie in {low} ... {high} and the model scores {scores.shape[1]} classes; pass classes in "
-            f"0 ... {scores.shape[1] - 1}"
+            f"labels have shape {tuple(labels.shape)} where the model scores {tuple(scores.shape)} of one row, classes "
+            f"last; pass labels of shape {(len(labels), *scores.shape[1:-1])}"
+        )
+    counted = labels if labels.dim() == 1 else labels[labels != -100]
+    if counted.numel() == 0:
+        raise ProblemError("labels are -100 throughout, so none counts; pass some that do")
+    low, high = int(counted.min()), int(counted.max())
+    if low < 0 or high >= scores.shape[-1]:
+        raise ProblemError(
+            f"labels lie in {low} ... {high} and the model scores {scores.shape[-1]} classes; pass classes in "
+            f"0 ... {scores.shape[-1] - 1}"
         )

@@ -1,18 +1,27 @@
-"""The dense network on the samples of a run, and the ledger of any other network of the same layers against it."""
+"""A traced network on the samples of a run: its data layer by layer, and the ledger of any pruned version of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nettrim.network.calibrate import Batch, Recorded, record
-from nettrim.network.edit import double_copy, write_layer
-from nettrim.network.trace import LayerGraph
-from nettrim.pipeline.ledger import Activations, LayerEvidence, Ledger, build_ledger
-from nettrim.pipeline.store import Samples
+from nettrim.network.batches import Batches
+from nettrim.network.calibrate import samples_at_a_time
+from nettrim.network.edit import double_copy, raw_state
+from nettrim.network.fold import Fold, fold_state, unfold
+from nettrim.network.observe import agree
+from nettrim.network.trace import LayerGraph, LayerSpec, Traced
+from nettrim.pipeline.collect import Collected, Wanted, collect
+from nettrim.pipeline.ledger import LayerEvidence, Ledger, build_ledger
+from nettrim.pipeline.measure import Measured, measure
+from nettrim.pipeline.proof import Proof
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,95 +31,170 @@ class Account:
     Attributes
     ----------
     graph : LayerGraph
-    dense : nn.Module
-        In float64.
-    calibration : list of Batch
-    clean : dict of str to Recorded
-        Inputs and outputs of every layer of the dense network.
-    samples : Samples
-        The calibration rows that enter the first layer, and their labels.
-    held : list of Batch or None
-    clean_held : dict of str to Recorded
-    held_samples : Samples or None
+    raw : dict of str to Tensor
+        The dense network's parameters, buffers and constants in float64.
+    dtypes : dict of str to dtype
+        Those of the model.
+    batches, held : Batches, Batches or None
+        The calibration and the held-out samples.
+    memory_limit : int
+        Bytes.
     """
 
     graph: LayerGraph
-    dense: nn.Module
-    calibration: list[Batch]
-    clean: dict[str, Recorded]
-    samples: Samples
-    held: list[Batch] | None
-    clean_held: dict[str, Recorded]
-    held_samples: Samples | None
+    raw: State
+    dtypes: dict[str, torch.dtype]
+    batches: Batches
+    held: Batches | None
+    memory_limit: int
 
     @staticmethod
-    def of(
-        model: nn.Module, graph: LayerGraph, calibration: list[Batch], held: list[Batch] | None, progress: bool
-    ) -> Account:
-        """Run the dense network on the samples."""
-        dense, first = double_copy(model), graph.names[0]
-        clean = record(dense, calibration, graph.names, progress=progress)
-        samples = _samples("calibration", calibration, clean[first].inputs)
-        clean_held, held_samples = {}, None
-        if held is not None:
-            clean_held = record(dense, held, graph.names, progress=progress)
-            held_samples = _samples("held-out", held, clean_held[first].inputs)
-        return Account(graph, dense, calibration, clean, samples, held, clean_held, held_samples)
+    def of(model: nn.Module, traced: Traced, batches: Batches, held: Batches | None, memory_limit: int) -> Account:
+        """Take a traced model, and check that it does on these samples what it did when it was observed."""
+        dtypes = {name: tensor.dtype for name, tensor in raw_state(model).items()}
+        account = Account(traced.graph, traced.state, dtypes, batches, held, memory_limit)
+        for split in (batches, held):
+            if split is None:
+                continue
+            # a path that hangs on values is checked on all of them, any other where it cannot differ further
+            for index, batch in enumerate(split.chunks(account.at_a_time)):
+                if index == 0 or traced.graph.program.reads_values:
+                    agree(traced.graph.program, account.dense, traced.double, batch, index)
+        return account
+
+    @cached_property
+    def dense(self) -> State:
+        """The dense network's state with batch norms folded."""
+        return fold_state(self.raw, self.graph.folds)
+
+    @cached_property
+    def folds(self) -> dict[str, Fold]:
+        """Weight name to the batch norm behind it."""
+        return {fold.weight: fold for fold in self.graph.folds}
+
+    @cached_property
+    def at_a_time(self) -> int:
+        """Samples that run at a time."""
+        return samples_at_a_time(self.graph, self.memory_limit // 8)
+
+    def standing(self) -> Standing:
+        """Return the network as it stands before anything is pruned."""
+        return Standing(self, dict(self.dense))
+
+    def of_model(self, model: nn.Module) -> Standing:
+        """Return another model of the same architecture as it stands, such as one that was trained on."""
+        raw = raw_state(double_copy(model))
+        changed = {name: tensor for name, tensor in raw.items() if not torch.equal(tensor, self.raw[name])}
+        result = self.standing()
+        result.set_raw(changed)
+        return result
+
+    def collect(
+        self, state: Mapping[str, Tensor], wanted: Mapping[str, Wanted], progress: bool
+    ) -> dict[str, Collected]:
+        """Collect the data of some layers: inputs of the network of that state, outputs of the dense one."""
+        return collect(self.graph, self.dense, state, self.batches, wanted, self.at_a_time, progress)
 
     def ledger(
         self,
         method: str,
         schedule: str,
-        model: nn.Module,
-        layers: list[LayerEvidence],
+        standing: Standing,
+        layers: Sequence[LayerEvidence],
+        proofs: Mapping[str, Proof],
         finish: dict[str, Any] | None = None,
         before: Ledger | None = None,
     ) -> Ledger:
         """Return the ledger of a network with these layers; `finish` and `before` are of one that was trained on."""
-        twin = double_copy(model)
-        after = record(twin, self.calibration, self.graph.names)
-        held_out = None
-        if self.held is not None and self.held_samples is not None:
-            after_held = record(twin, self.held, self.graph.names)
-            held_out = (
-                _activations("held-out", self.clean_held),
-                _activations("held-out", after_held),
-                self.held_samples.labels,
-            )
+        measured = self._measure(self.batches, standing, layers, ladder=True)
+        held = None if self.held is None else self._measure(self.held, standing, layers, ladder=False)
         return build_ledger(
             method,
             schedule,
+            self.graph,
             layers,
-            _activations("calibration", self.clean),
-            _activations("calibration", after),
-            self._ladder(layers, after),
-            self.samples.labels,
-            held_out,
+            proofs,
+            measured,
+            held,
+            standing.state,
+            self.dtypes,
             finish,
             before,
         )
 
-    def _ladder(self, layers: list[LayerEvidence], after: dict[str, Recorded]) -> list[Tensor]:
-        """Return the output with 0, 1, … of the pruned layers in place; first and last are known already."""
-        last = self.graph.names[-1]
-        rungs = [self.clean[last].outputs]
-        step = double_copy(self.dense)
-        pruned = [layer for layer in layers if layer.pruned]
-        for layer in pruned[:-1]:
-            write_layer(step, layer.name, layer.weight, layer.bias)
-            rungs.append(record(step, self.calibration, [last])[last].outputs)
-        rungs.append(after[last].outputs)
-        return [rung.clamp(min=0) for rung in rungs] if self.graph.layers[-1].relu else rungs
+    def _measure(self, batches: Batches, standing: Standing, layers: Sequence[LayerEvidence], ladder: bool) -> Measured:
+        rungs = []
+        if ladder:
+            step = dict(self.dense)
+            for layer in layers:
+                spec = self.graph.layer(layer.name)
+                if layer.pruned:
+                    step = step | {name: standing.state[name] for name in _names(spec)}
+                    rungs.append(step)
+            if all(step[name] is tensor for name, tensor in standing.state.items()):
+                rungs.pop()  # the last is the pruned network itself
+        rows = samples_at_a_time(self.graph, self.memory_limit // 8, 2 + len(rungs))
+        return measure(self.graph, self.dense, standing.state, rungs, batches, rows, gains=ladder, single=not ladder)
 
 
-def _activations(split: str, recorded: dict[str, Recorded]) -> Activations:
-    return Activations(split, [r.inputs for r in recorded.values()], [r.outputs for r in recorded.values()])
+def _names(spec: LayerSpec) -> list[str]:
+    return [spec.weight] if spec.bias_name is None else [spec.weight, spec.bias_name]
 
 
-def _samples(name: str, batches: list[Batch], rows: Tensor) -> Samples:
-    labels = None
-    if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
-        if labels.dim() != 1 or labels.shape[0] != rows.shape[0] or labels.is_floating_point():
-            labels = None  # not class indices of the rows: accuracy has no meaning
-    return Samples(name, rows, labels)
+@dataclass(eq=False)
+class Standing:
+    """A network on its way: which entries of the dense one's state are replaced by what.
+
+    Attributes
+    ----------
+    account : Account
+    state : dict of str to Tensor
+        Batch norms folded; entries that are the dense network's own are the same objects.
+    changed : dict of str to Tensor
+        What is replaced, batch norms not folded; values of the model's dtype, in float64.
+    """
+
+    account: Account
+    state: State
+    changed: State = field(default_factory=dict)
+
+    def put(self, spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace one layer by a weight ``(M, N)`` and a bias, as its batch norm and the model's dtype let it stand."""
+        shaped = weight.double().reshape(spec.shape)
+        fold = self.account.folds.get(spec.weight)
+        if fold is not None:
+            assert bias is not None
+            entries = unfold(fold, self.account.raw, shaped, bias.double())
+        else:
+            entries = {spec.weight: shaped}
+            if spec.bias_name is not None and bias is not None:
+                entries[spec.bias_name] = bias.double()
+        self.set_raw(entries)
+
+    def set_raw(self, entries: Mapping[str, Tensor]) -> None:
+        """Replace entries, batch norms not folded."""
+        rounded = {name: tensor.to(self.account.dtypes[name]).double() for name, tensor in entries.items()}
+        self.changed |= rounded
+        self.state |= rounded
+        raw = {**self.account.raw, **self.changed}
+        touched = [
+            fold
+            for fold in self.account.graph.folds
+            if {fold.weight, fold.bias, fold.mean, fold.variance, fold.scale, fold.shift} & rounded.keys()
+        ]
+        folded = fold_state(raw, touched)
+        self.state |= {name: folded[name] for fold in touched for name in (fold.weight, fold.folded_bias)}
+
+    def arrays(self, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+        """Return a layer's weight and bias as they are kept: float64 where a batch norm is folded, else the model's."""
+        return _arrays(self.account, self.state, spec)
+
+    def dense_arrays(self, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+        """Return the dense layer's in the same form."""
+        return _arrays(self.account, self.account.dense, spec)
+
+
+def _arrays(account: Account, state: Mapping[str, Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.float64 if spec.weight in account.folds else account.dtypes[spec.weight]
+    weight, bias = state[spec.weight], None if spec.bias_name is None else state[spec.bias_name]
+    return weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nettrim.core.problem import check_number
 from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError
-from nettrim.network.edit import layer_arrays
+from nettrim.pipeline.collect import Wanted
 from nettrim.pipeline.scout import Scout
 
 _FACTORS = (1.5, 1.25, 1.12)  # by which one layer's count is multiplied or divided, the others making up for it
@@ -71,7 +71,7 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
     ProblemError
         `total` does not leave a weight to every layer.
     """
-    sizes = {layer.name: layer.in_features * layer.out_features for layer in scout.graph.selected}
+    sizes = {layer.name: layer.numel for layer in scout.graph.selected}
     if total < len(sizes):
         raise ProblemError(f"Overall leaves {total} weights for {len(sizes)} layers: lower the sparsity.")
     kept = _by_saliency(scout, sizes, total)
@@ -81,13 +81,13 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
     left = evaluations  # a bar that is not shown does not count
     with bar:
 
-        def tried(candidate: Mapping[str, int], using: Mapping[str, Tensor]) -> tuple[float, nn.Module]:
+        def tried(candidate: Mapping[str, int], using: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
             nonlocal left
             # thirty iterations for each layer instead of eighty: splits are compared, not used
-            model = scout.prune(candidate, using, growth=1.3)
+            state = scout.prune(candidate, using, growth=1.3)
             left -= 1
             bar.update()
-            return scout.measure(model), model
+            return scout.measure(state), state
 
         # what the dense network needs of a layer is not what the pruned one will: looked at again before splits are
         error, best = tried(kept, scout.metrics)
@@ -102,10 +102,10 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
                         candidate = shifted(kept, sizes, name, change)
                         if candidate == kept or left <= 0:
                             continue
-                        found, model = tried(candidate, metrics)
+                        found, state = tried(candidate, metrics)
                         bar.set_postfix_str(f"error {min(found, error):.4f}")
                         if found < error:
-                            kept, error, best, moved = candidate, found, model, True
+                            kept, error, best, moved = candidate, found, state, True
                             break
                 if moved:
                     metrics = scout.metrics_of(best)
@@ -114,14 +114,20 @@ def allocate(scout: Scout, total: int, *, evaluations: int = 60, progress: bool 
 
 def _by_saliency(scout: Scout, sizes: Mapping[str, int], total: int) -> dict[str, int]:
     scores = []
+    account = scout.account
     for name in sizes:
-        weight, _ = layer_arrays(scout.dense, name)
-        energy = scout.clean[name].inputs.square().mean(0)
-        scores.append((weight.square() * energy * scout.metrics[name].diagonal()[:, None]).flatten())
+        spec = scout.graph.layer(name)
+        moments = account.collect(account.dense, {name: Wanted(moments=True)}, progress=False)[name].moments
+        assert moments is not None
+        weight = account.dense[spec.weight].reshape(spec.groups, -1, spec.in_features)
+        energy = torch.stack([own.gram.diagonal()[: spec.in_features] / own.count for own in moments])
+        # a row is an image at a position: what counts is the error of the image
+        counts = scout.metrics[name].diagonal().reshape(spec.groups, -1, 1) * spec.positions
+        scores.append((weight.square() * energy[:, None] * counts).flatten())
     order = torch.argsort(torch.cat(scores), descending=True, stable=True)[:total]
     edges = torch.tensor([0, *sizes.values()]).cumsum(0)
-    counts = [int(((order >= a) & (order < b)).sum()) for a, b in pairwise(edges)]
-    return _exactly({name: float(max(1, count)) for name, count in zip(sizes, counts, strict=True)}, sizes, total)
+    kept = [int(((order >= a) & (order < b)).sum()) for a, b in pairwise(edges)]
+    return _exactly({name: float(max(1, count)) for name, count in zip(sizes, kept, strict=True)}, sizes, total)
 
 
 def shifted(kept: Mapping[str, int], sizes: Mapping[str, int], name: str, factor: float) -> dict[str, int]:

@@ -5,6 +5,7 @@ A row is on disk as soon as it is finished, and one that fails says why and does
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -15,22 +16,23 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from nettrim.core.problem import check_seed
 from nettrim.errors import NetTrimError, ProblemError, RunError
 from nettrim.methods import METHODS, Method, make_method
-from nettrim.network.calibrate import Batch, read_batches, record
-from nettrim.network.edit import double_copy
+from nettrim.network.batches import Batches, read_batches
+from nettrim.network.observe import call
 from nettrim.network.trace import LayerGraph
+from nettrim.pipeline.files import describe_place, digest_tensors
 from nettrim.pipeline.finish import FINISHES, check_batches, make_finish
 from nettrim.pipeline.ledger import Ledger
-from nettrim.pipeline.memory import PeakMemory
+from nettrim.pipeline.memory import PeakMemory, check_bytes
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.prune import prune
 from nettrim.pipeline.rows import FILE, IDENTITY, SCHEMA, Comparison, LayerRow, Row, load_comparison, write_comparison
-from nettrim.pipeline.store import describe_place, digest_tensors, require_free
+from nettrim.pipeline.store import require_free
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,9 @@ def compare(
     finish: str | Sequence[str | None] | None = None,
     seed: int = 0,
     progress: bool = True,
+    on_unsupported: str = "refuse",
+    rows: int | None = None,
+    memory_limit: int | str = "2 GiB",
 ) -> Comparison:
     """Prune one network by every method, to every budget, in every schedule, on the same samples.
 
@@ -88,6 +93,8 @@ def compare(
         Of every row.
     progress : bool
         Show bars on stderr, if that is a terminal.
+    on_unsupported, rows, memory_limit
+        As `prune` takes them.
 
     Returns
     -------
@@ -107,25 +114,27 @@ def compare(
     happens to be the first to need it.
     """
     seed = check_seed(seed)
-    graph, cells = plan_grid(model, methods, budgets, schedules, layers, ignore, finish)
+    limit = check_bytes(memory_limit)
     if resume and out_dir is None:
         raise ProblemError("resume=True needs out_dir, the directory of the comparison to go on with.")
     if out_dir is not None and not resume:
         require_free(out_dir)
-    splits = {"calibration": read_batches(batches)}
+    splits = {"calibration": read_batches(batches, memory_limit=limit)}
     if held_out is not None:
-        splits["held-out"] = read_batches(held_out, "held_out")
+        splits["held-out"] = read_batches(held_out, "held_out", memory_limit=limit // 2)
+    calibration = splits["calibration"]
+    graph, cells = plan_grid(
+        model, calibration, methods, budgets, schedules, layers, ignore, finish, on_unsupported=on_unsupported
+    )
     for kind in {cell.row.finish for cell in cells}:
         trained = make_finish(kind, "kept", overall=False)
         if trained is not None:
-            check_batches(trained, model, splits["calibration"])
-    dense = double_copy(model)
+            check_batches(trained, model, calibration)
     for split in splits.values():
-        record(dense, split, graph.names[-1:])  # data that do not fit the model are refused here, not in every row
-    del dense
+        call(model, split.first(1), 0)  # data that do not fit the model are refused here, not in every row
 
     about = _describe(model, graph, splits, seed)
-    rows: dict[tuple[str, str, str, str | None], Row] = {}
+    found_rows: dict[tuple[str, str, str, str | None], Row] = {}
     directory = None if out_dir is None else Path(out_dir)
     here: dict[str, Any] | None = None
     if directory is not None and resume and (directory / FILE).exists():
@@ -133,31 +142,33 @@ def compare(
         _require_same(directory, found.about, about)
         here = {key: about[key] for key in ("host", "commit")}
         here = None if all(found.about[key] == value for key, value in here.items()) else here
-        about, rows = found.about, {row.key: row for row in found.rows}
+        about, found_rows = found.about, {row.key: row for row in found.rows}
     if directory is not None:
-        write_comparison(directory, Comparison(tuple(rows.values()), about))
+        write_comparison(directory, Comparison(tuple(found_rows.values()), about))
 
-    pending = [cell for cell in cells if cell.row.key not in rows or rows[cell.row.key].failure is not None]
+    pending = [cell for cell in cells if cell.row.key not in found_rows or found_rows[cell.row.key].failure is not None]
     options = {"layers": layers, "ignore": ignore, "held_out": splits.get("held-out"), "seed": seed}
-    options |= {"progress": progress}
+    options |= {"progress": progress, "rows": rows, "memory_limit": limit, "on_unsupported": on_unsupported}
     with tqdm(total=len(pending), desc="compare", unit="row", leave=False, disable=None if progress else True) as bar:
         for cell in pending:
             bar.set_postfix_str(f"{cell.row.method}, {cell.row.budget}, {cell.row.schedule}")
-            rows[cell.row.key] = replace(_run(cell, model, splits["calibration"], options), host=here)
+            found_rows[cell.row.key] = replace(_run(cell, model, calibration, options), host=here)
             if directory is not None:
-                write_comparison(directory, Comparison(tuple(rows.values()), about))
+                write_comparison(directory, Comparison(tuple(found_rows.values()), about))
             bar.update()
-    return Comparison(tuple(rows.values()), about)
+    return Comparison(tuple(found_rows.values()), about)
 
 
 def plan_grid(
     model: nn.Module,
+    batches: Batches,
     methods: Sequence[str | Method],
     budgets: Sequence[Any],
     schedules: Sequence[str] = ("cascade",),
     layers: str | list[str] | tuple[str, ...] = "all",
     ignore: str | list[str] | tuple[str, ...] = (),
     finish: str | Sequence[str | None] | None = None,
+    on_unsupported: str = "refuse",
 ) -> tuple[LayerGraph, list[Cell]]:
     """Check everything that `compare` is asked for but the data: budget by budget, method by method.
 
@@ -171,7 +182,17 @@ def plan_grid(
         for method in chosen:
             for schedule in _several("schedules", schedules):
                 for kind in kinds:
-                    graph = Plan.make(model, method, schedule, layers, ignore, {"sparsity": budget}, kind).graph
+                    graph = Plan.make(
+                        model,
+                        batches,
+                        method,
+                        schedule,
+                        layers,
+                        ignore,
+                        {"sparsity": budget},
+                        kind,
+                        on_unsupported=on_unsupported,
+                    ).graph
                     row = Row(named[repr(method)], repr(method), _budget_text(budget), schedule, kind)
                     cells.append(Cell(method, budget, row))
     names = list(named.values())
@@ -195,7 +216,7 @@ def _require_same(directory: Path, found: dict[str, Any], wanted: dict[str, Any]
         )
 
 
-def _run(cell: Cell, model: nn.Module, calibration: list[Batch], options: dict[str, Any]) -> Row:
+def _run(cell: Cell, model: nn.Module, calibration: Batches, options: dict[str, Any]) -> Row:
     """Prune once and keep the figures; the weights are let go."""
     memory = PeakMemory()
     with memory:
@@ -245,13 +266,8 @@ def _measured(row: Row, ledger: Ledger) -> Row:
     )
 
 
-def _describe(model: nn.Module, graph: LayerGraph, splits: dict[str, list[Batch]], seed: int) -> dict[str, Any]:
+def _describe(model: nn.Module, graph: LayerGraph, splits: dict[str, Batches], seed: int) -> dict[str, Any]:
     place = describe_place()
-    tensors: dict[str, Tensor] = {}
-    for split, batches in splits.items():
-        for i, batch in enumerate(batches):
-            parts = dict(enumerate(batch.inputs)) | batch.kwargs | {"labels": batch.labels}
-            tensors |= {f"{split} {i} {key}": part for key, part in parts.items() if part is not None}
     host = {"processor": _processor(), "cores": os.cpu_count()}
     host |= {key: place["host"][key] for key in ("threads", "machine", "system", "python")}
     return {
@@ -260,9 +276,9 @@ def _describe(model: nn.Module, graph: LayerGraph, splits: dict[str, list[Batch]
         "commit": place["commit"],
         "seed": seed,
         "model": digest_tensors(dict(model.state_dict())),
-        "data": digest_tensors(tensors),
-        "chain": [asdict(layer) for layer in graph.layers],
-        "samples": {split: sum(len(batch) for batch in batches) for split, batches in splits.items()},
+        "data": {split: batches.digest() for split, batches in splits.items()},
+        "chain": json.loads(json.dumps([asdict(layer) for layer in graph.layers])),
+        "samples": {split: batches.rows for split, batches in splits.items()},
     }
 
 

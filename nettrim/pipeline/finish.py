@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods.base import COUNTS
-from nettrim.network.calibrate import Batch, outputs
-from nettrim.network.edit import evaluating, frozen_copy, layer_arrays
+from nettrim.network.batches import Batches
+from nettrim.network.edit import frozen_copy
 from nettrim.network.finishing import Distill, FineTune, Finished
+from nettrim.network.observe import call, output_of
+from nettrim.network.reestimate import Reestimate
+from nettrim.network.trace import Traced
 from nettrim.network.training import check_classes, check_labels
+from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.ledger import LayerEvidence
 
-FINISHES = ("distill", "fine-tune")
+FINISHES = ("distill", "fine-tune", "batch-norm")
 
 
 @runtime_checkable
@@ -45,14 +49,15 @@ class Finish(Protocol):
         self,
         model: nn.Module,
         teacher: nn.Module,
-        inputs: Tensor,
+        inputs: Batches,
         labels: Tensor | None,
         masks: Mapping[str, Tensor],
         targets: Mapping[str, int] | int | None,
         seed: int,
         progress: bool,
+        traced: Traced,
     ) -> Finished:
-        """Train `model` in place."""
+        """Train `model` in place; `traced` is the dense network."""
 
 
 def make_finish(finish: str | Finish | None, amount: str, overall: bool) -> Finish | None:
@@ -78,6 +83,8 @@ def make_finish(finish: str | Finish | None, amount: str, overall: bool) -> Fini
             raise UnknownNameError(f"finish={finish!r} is unknown: use {' or '.join(FINISHES)}, or None.")
         if finish == "fine-tune":
             return FineTune()
+        if finish == "batch-norm":
+            return Reestimate()
         return Distill(choose="fixed" if not counts else "global" if overall else "layer")
     if isinstance(finish, type) or not isinstance(finish, Finish):
         found = f"the class {finish.__name__}" if isinstance(finish, type) else f"a {type(finish).__name__}"
@@ -96,58 +103,48 @@ def headroomed(finish: Finish | None, kept: Mapping[str, int], sizes: Mapping[st
     return {name: min(sizes[name], round(finish.headroom * count)) for name, count in kept.items()}
 
 
-def check_batches(finish: Finish, model: nn.Module, batches: Sequence[Batch]) -> None:
+def check_batches(finish: Finish, model: nn.Module, batches: Batches) -> None:
     """Refuse what cannot be trained on, before any work; one row goes through the model.
 
     Raises
     ------
     UnsupportedError
-        A batch has other than one positional input, samples differ in shape, or the model does not map (P, ...) to
-        (P, C).
+        The model does not map (P, ...) to (P, ..., C).
     ProblemError
         Fine-tuning needs classes as labels and there are none; the loss compares classes and there is a single output;
         or no row is left to train on.
     """
-    if any(len(batch.inputs) != 1 or batch.kwargs for batch in batches):
-        raise UnsupportedError(f"finish={finish.name!r} needs batches of one input tensor: leave finish out.")
-    if finish.name == "fine-tune" and batches[0].labels is None:
+    if finish.name == "fine-tune" and not batches.has_labels:
         raise ProblemError("finish='fine-tune' needs labels in batches: pass (input, label) pairs, or use 'distill'.")
-    shapes = sorted({tuple(batch.inputs[0].shape[1:]) for batch in batches})
-    if len(shapes) > 1:
-        found = " and ".join(map(str, shapes))
+    first = batches.first(1)
+    shape = tuple(output_of(call(model, first, 0), model).shape)
+    if len(shape) < 2 or shape[0] != 1:
         raise UnsupportedError(
-            f"finish={finish.name!r} needs samples of one shape in batches, found {found}: leave finish out."
-        )
-    sample = batches[0].inputs[0][:1]
-    outputs(model, [sample])  # refuses what cannot be run
-    sample = sample.to(next(model.parameters()), copy=True)
-    with evaluating(model), torch.no_grad():
-        shape = tuple(model(sample.clone()).shape)
-    if len(shape) != 2 or shape[0] != 1:
-        raise UnsupportedError(
-            f"finish={finish.name!r} needs a model that maps (P, ...) to (P, C), and one row of batches becomes "
+            f"finish={finish.name!r} needs a model that maps (P, ...) to (P, ..., C), and one row of batches becomes "
             f"{shape}: leave finish out."
         )
-    if isinstance(finish, Distill) and finish.loss == "kl" and shape[1] == 1:
+    if isinstance(finish, Distill) and finish.loss == "kl" and shape[-1] == 1:
         raise ProblemError("finish='distill' compares classes and there is one output: use Distill(loss='mse').")
     if isinstance(finish, (Distill, FineTune)):
-        rows = sum(len(batch) for batch in batches)
+        rows = batches.rows
         if math.ceil(finish.validation * rows) == rows:
             raise ProblemError(
                 f"finish has validation={finish.validation} of {rows} rows in batches, which leaves none to train on: "
                 "pass more rows, or a smaller validation."
             )
     if finish.name == "fine-tune":
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+        labels = batches.labels()
+        assert labels is not None
         check_labels(labels, labels)  # that there is one for each row was seen when the batches were read
-        check_classes(model, sample, labels)
+        check_classes(model, first, labels)
 
 
 def run_finish(
     finish: Finish,
+    traced: Traced,
+    account: Account,
     dense: nn.Module,
     pruned: nn.Module,
-    batches: Sequence[Batch],
     layers: Sequence[LayerEvidence],
     targets: Mapping[str, int] | int | None,
     seed: int,
@@ -160,28 +157,25 @@ def run_finish(
     ProblemError
         The object did not do what finishing is: pruned weights came back, or more are left than was said.
     """
-    model = frozen_copy(pruned)
-    labels = None
-    if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    model, batches = frozen_copy(pruned), account.batches
+    labels = batches.labels()
     masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
-    inputs = torch.cat([batch.inputs[0] for batch in batches])
     held = {name: int(mask.sum()) for name, mask in masks.items()}
     # a weight may be zero without having been pruned, and what is not there cannot be left
     if isinstance(targets, Mapping):
         left: Mapping[str, int] | int | None = {name: min(held[name], count) for name, count in targets.items()}
     else:
         left = targets if targets is None else min(sum(held.values()), targets)
-    done = finish.run(model, frozen_copy(dense), inputs, labels, masks, left, seed, progress)
+    done = finish.run(model, frozen_copy(dense), batches, labels, masks, left, seed, progress, traced)
     model.requires_grad_(False).eval()
-    final = finished_layers(layers, model)
+    final = finished_layers(layers, account.of_model(model))
     wrong = overstepped(layers, final, targets)
     if wrong:
         raise ProblemError(f"finish={finish.name!r} is not what finishing may be: {wrong[0]}.")
     said = {
         "kind": finish.name,
         "settings": repr(finish),
-        "samples": len(inputs),
+        "samples": batches.rows,
         "labels": finish.name == "fine-tune",
         "targets": dict(targets) if isinstance(targets, Mapping) else targets,
         "epochs": len(done.losses),
@@ -192,9 +186,10 @@ def run_finish(
     return model, final, said
 
 
-def finished_layers(layers: Sequence[LayerEvidence], model: nn.Module) -> list[LayerEvidence]:
-    """Return the layers with a model's weights; what certified the old ones is left out."""
-    return [with_weights(layer, *layer_arrays(model, layer.name)) for layer in layers]
+def finished_layers(layers: Sequence[LayerEvidence], standing: Standing) -> list[LayerEvidence]:
+    """Return the layers with the weights of another network; what certified the old ones is left out."""
+    graph = standing.account.graph
+    return [with_weights(layer, *standing.arrays(graph.layer(layer.name))) for layer in layers]
 
 
 def overstepped(

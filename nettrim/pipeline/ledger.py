@@ -7,32 +7,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nettrim.core.refine import evidence_of
-from nettrim.core.solution import FEASIBLE, Status, judge
-from nettrim.methods.program import derive, join_bias, layer_problem, promise
-from nettrim.pipeline.bounds import Link, layer_bounds, spectral_norm, telescoped
-from nettrim.pipeline.evaluate import accuracy
+from nettrim.core.solution import Status
+from nettrim.network.matrix import Window
+from nettrim.network.norms import NormBound, conv_norm, frobenius_conv_norm, l1_conv_norm, linear_norm
+from nettrim.network.trace import LayerGraph, LayerSpec, weight_of, window_of
+from nettrim.pipeline.bounds import Link, compose, telescoped
+from nettrim.pipeline.measure import Measured
+from nettrim.pipeline.outputs import sizes
+from nettrim.pipeline.proof import Proof
+
+_APART = 10.0  # a bound that is further above what it bounds is explained
 
 
 @dataclass(frozen=True, eq=False)
 class LayerEvidence:
-    """What is kept of one layer of the chain: both weights, and for a pruned layer how it was solved.
+    """What is kept of one layer: both weights, and for a pruned layer how it was solved.
 
     Attributes
     ----------
     name : str
     relu, pruned, clean : bool
         `clean`: it was solved on the dense network's inputs.
-    dense_weight, weight : Tensor (M, N)
+    dense_weight, weight : Tensor (M, N), or (C_out, C_in/groups, *kernel)
+        Batch norm folded; in the model's dtype, in float64 where there was one to fold.
     dense_bias, bias : Tensor (M,) or None
     multipliers : Tensor (P, M) or None
     facts : dict
+        Of a grouped convolution under "blocks", one for each group.
     seconds : float
     """
 
@@ -49,21 +57,6 @@ class LayerEvidence:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """Inputs and raw outputs of every layer of the chain, on one split.
-
-    Attributes
-    ----------
-    split : str
-    inputs, outputs : list of Tensor (P, N) and (P, M)
-    """
-
-    split: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
 @dataclass(frozen=True)
 class LayerRecord:
     """One layer's line in the ledger. Errors are Frobenius norms over the calibration samples, in the units of
@@ -71,16 +64,18 @@ class LayerRecord:
 
     Attributes
     ----------
-    name : str
+    name, kind : str
+    rows, total_rows : int
+        Those that its convex program was made of (0 where there is none), and all.
     kept, numel : int
         Weights that are not zero, and all; biases are not counted.
     objective, lower_bound, gap, violation : float or None
         The certificate; None for a method that solves no convex program, bound and gap also where the weight is not
         feasible: they prove nothing there.
     promised : float or None
-        What `measured` cannot exceed.
+        What `measured` cannot exceed, where `rows` are all; else what the error on those rows cannot.
     measured : float
-        ``‖σ(X Ûᵀ) − Y‖`` on the inputs that the layer was solved for.
+        ``‖σ(X Ûᵀ) − Y‖`` on the inputs that the layer was solved for, all rows.
     target_norm : float
         ``‖Y‖``.
     clean_error, clean_change : float
@@ -92,7 +87,13 @@ class LayerRecord:
     bounds : dict
         Name to bound on `network_error`; the names are those of `nettrim.pipeline.bounds`.
     norms : dict
-        Of the dense and the pruned weight.
+        Of the dense and the pruned weight; of a convolution, those of the operator.
+    norm_method : str
+        How the largest singular value was bounded.
+    attributed : float
+        ``‖h_l − h_{l−1}‖``, its share of the error at the network's output.
+    remark : str or None
+        Why promise or bound lie more than tenfold above what was measured, where they do.
     bytes : dict
         Storage of the weight in each format.
     seconds : float
@@ -101,6 +102,9 @@ class LayerRecord:
     """
 
     name: str
+    kind: str
+    rows: int
+    total_rows: int
     kept: int
     numel: int
     objective: float | None
@@ -116,6 +120,9 @@ class LayerRecord:
     held_out: float | None
     bounds: dict[str, float]
     norms: dict[str, float]
+    norm_method: str
+    attributed: float
+    remark: str | None
     bytes: dict[str, int]
     seconds: float
     facts: dict[str, Any]
@@ -142,6 +149,12 @@ class Ledger:
         ``‖ŷ − y‖_F / ‖y‖_F`` on the held-out samples.
     accuracy : dict
         Split to {"dense", "pruned"}, where there are labels.
+    guarantee : dict or None
+        What the held-out samples prove about new ones: `nettrim.pipeline.guarantees.HeldOut`.
+    unbounded : str or None
+        The first step behind which no composed bound holds, because nothing is known of how it passes errors on.
+    unsupported : dict
+        Weights that were left dense because they cannot be pruned, and why.
     finish : dict or None
         How the network was trained on after pruning; None for one that is merely pruned.
     before : Ledger or None
@@ -157,6 +170,9 @@ class Ledger:
     output_norm: float
     held_out: float | None
     accuracy: dict[str, dict[str, float]]
+    guarantee: dict[str, Any] | None = None
+    unbounded: str | None = None
+    unsupported: dict[str, str] = field(default_factory=dict)
     finish: dict[str, Any] | None = None
     before: Ledger | None = None
 
@@ -186,12 +202,13 @@ class Ledger:
 def build_ledger(
     method: str,
     schedule: str,
-    layers: list[LayerEvidence],
-    dense: Activations,
-    pruned: Activations,
-    ladder: list[Tensor],
-    labels: Tensor | None = None,
-    held_out: tuple[Activations, Activations, Tensor | None] | None = None,
+    graph: LayerGraph,
+    layers: Sequence[LayerEvidence],
+    proofs: Mapping[str, Proof],
+    measured: Measured,
+    held_out: Measured | None,
+    state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
     finish: dict[str, Any] | None = None,
     before: Ledger | None = None,
 ) -> Ledger:
@@ -200,148 +217,219 @@ def build_ledger(
     Parameters
     ----------
     method, schedule : str
-    layers : list of LayerEvidence
-        Every Linear layer of the chain, pruned or not.
-    dense, pruned : Activations
-        Of both networks on the calibration samples.
-    ladder : list of Tensor
-        The output with 0, 1, … of the pruned layers in place.
-    labels : Tensor (P,), optional
-        Of the calibration samples.
-    held_out : (Activations, Activations, Tensor or None), optional
-        Of both networks on the held-out samples, and their labels.
+    graph : LayerGraph
+    layers : sequence of LayerEvidence
+        Every layer of the graph, pruned or not.
+    proofs : mapping from str to Proof
+        Of the pruned layers whose method solves a convex program.
+    measured, held_out : Measured
+        Of both networks on the calibration samples, and on the held-out ones.
+    state : mapping from str to Tensor
+        Of the pruned network: for weights that are no layers of the graph, such as tied ones.
+    dtypes : mapping from str to dtype
+        Those of the model.
     finish : dict, optional
         How the network was trained on.
     before : Ledger, optional
         Of the merely pruned network.
     """
-    measures = [_measure(layer, i, dense, pruned) for i, layer in enumerate(layers)]
-    bounds = layer_bounds([_link(layer, m) for layer, m in zip(layers, measures, strict=True)], schedule)
-    bounds[-1]["telescoped"] = telescoped(ladder)
-    relative = [_relative_error(layers, i, *held_out[:2]) if held_out else None for i in range(len(layers))]
+    specs = {spec.name: spec for spec in graph.layers}
+    norms = {layer.name: _norms(specs[layer.name], layer, graph) for layer in layers}
+    links = [
+        _link(specs[layer.name], layer, proofs.get(layer.name), norms[layer.name][0], measured) for layer in layers
+    ]
+    others = _others(graph, measured, state)
+    composed = compose(graph.program, measured.passages, [*links, *others], schedule)
+    shares = dict(zip((layer.name for layer in layers if layer.pruned), measured.ladder, strict=False))
     records = tuple(
-        LayerRecord(
-            name=layer.name,
-            held_out=relative[i],
-            bounds=bounds[i],
-            seconds=layer.seconds,
-            **{key: value for key, value in measures[i].items() if key != "excess"},
+        _record(
+            specs[layer.name],
+            layer,
+            proofs.get(layer.name),
+            link,
+            norms[layer.name],
+            composed,
+            shares,
+            measured,
+            held_out,
+            dtypes[specs[layer.name].weight],
         )
-        for i, layer in enumerate(layers)
+        for layer, link in zip(layers, links, strict=True)
         if layer.pruned
     )
-    splits = {"calibration": (dense, pruned, labels)}
-    if held_out:
-        splits[held_out[0].split] = held_out
+    last = graph.program.output.step
+    bounds = {name: values[last] for name, values in composed.items() if math.isfinite(values[last])}
+    bounds["telescoped"] = telescoped(measured.ladder)
+    splits = {"calibration": measured} | ({} if held_out is None else {"held-out": held_out})
     return Ledger(
         method=method,
         schedule=schedule,
         records=records,
-        bounds=bounds[-1],
-        bound=min(bounds[-1].values()),
-        measured=measures[-1]["network_error"],
-        output_norm=measures[-1]["target_norm"],
-        held_out=relative[-1],
-        accuracy={
-            split: {"dense": accuracy(y, lab), "pruned": accuracy(y_hat, lab)}
-            for split, (first, after, lab) in splits.items()
-            if lab is not None
-            for y, y_hat in [(_act(layers[-1], first.outputs[-1]), _act(layers[-1], after.outputs[-1]))]
-        },
+        bounds=bounds,
+        bound=min(bounds.values()),
+        measured=math.sqrt(measured.passages[last].error),
+        output_norm=math.sqrt(measured.passages[last].norm),
+        held_out=None if held_out is None else _relative(held_out, last),
+        accuracy={split: figures.accuracy for split, figures in splits.items() if figures.accuracy is not None},
+        guarantee=None if held_out is None or held_out.guarantee is None else asdict(held_out.guarantee),
+        unbounded=_unbounded(graph, measured, composed["operator"]),
+        unsupported=dict(graph.unsupported),
         finish=finish,
         before=before,
     )
 
 
-def storage_bytes(weight: Tensor) -> dict[str, int]:
-    """Return the bytes of a weight ``(M, N)``: dense, CSR (int32 indices), and a bitmask with packed values."""
-    item, kept = weight.element_size(), int((weight != 0).sum())
-    return {
-        "dense": weight.numel() * item,
-        "csr": kept * (item + 4) + 4 * (weight.shape[0] + 1),
-        "bitmask": kept * item + math.ceil(weight.numel() / 8),
-    }
-
-
-def _measure(layer: LayerEvidence, i: int, dense: Activations, pruned: Activations) -> dict[str, Any]:
-    def apply(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-        outputs = inputs @ weight.double().T
-        return outputs if bias is None else outputs + bias.double()
-
-    targets = _act(layer, dense.outputs[i])
-    on_clean = apply(layer.weight, layer.bias, dense.inputs[i])
-    error = float((_act(layer, on_clean) - targets).norm())
-    network_error = float((_act(layer, pruned.outputs[i]) - targets).norm())
-    weight, dense_weight = layer.weight.double(), layer.dense_weight.double()
-    certificate, promised, facts, excess = None, None, layer.facts, 0.0
-    if layer.multipliers is not None:
-        inputs = dense.inputs[i] if layer.clean else pruned.inputs[i]
-        bias = None if layer.dense_bias is None else layer.dense_bias.double()
-        # what follows from the data is derived again, not read
-        solved = join_bias(layer.weight, layer.bias, facts["bias"]).double()
-        facts = facts | derive(facts, layer.clean, inputs, targets, dense_weight, bias, solved)
-        problem = layer_problem(facts, inputs, targets, dense_weight, bias)
-        evidence = evidence_of(problem, solved, layer.multipliers.double())
-        certificate = evidence.certificate
-        promised = promise(facts, certificate, targets)
-        excess = certificate.excess * math.sqrt(int((targets <= 0).sum()))
-        ended = Status[facts["status"]]
-        otherwise = Status.MAX_ITER if ended is Status.SOLVED else ended
-        facts = facts | {"status": judge(certificate, facts["tol"], otherwise).name}
-        if ended is Status.REFINED:
-            facts = facts | {"nearest": evidence.nearest}
-    # the bound of a problem whose weight is not feasible proves nothing, and may be as large as you like
-    proven = certificate is not None and certificate.violation <= FEASIBLE
-    return {
-        "facts": facts,
-        "promised": promised,
-        "excess": excess,
-        "kept": int((layer.weight != 0).sum()),
-        "numel": layer.weight.numel(),
-        "objective": certificate and certificate.objective,
-        "lower_bound": certificate.lower_bound if certificate is not None and proven else None,
-        "gap": certificate.gap if certificate is not None and proven else None,
-        "violation": certificate and certificate.violation,
-        "measured": error if layer.clean else network_error,
-        "target_norm": float(targets.norm()),
-        "clean_error": error,
-        "clean_change": float((on_clean - dense.outputs[i]).norm()),
-        "network_error": network_error,
-        "norms": {
-            "dense_l1": float(dense_weight.abs().sum()),
-            "dense_l2": spectral_norm(dense_weight),
-            "pruned_l1": float(weight.abs().sum()),
-            "pruned_l2": spectral_norm(weight),
-            "pruned_fro": float(weight.norm()),
-        },
-        "bytes": storage_bytes(layer.weight),
-    }
-
-
-def _act(layer: LayerEvidence, outputs: Tensor) -> Tensor:
-    return outputs.clamp(min=0) if layer.relu else outputs
-
-
-def _link(layer: LayerEvidence, measure: dict[str, Any]) -> Link:
-    facts = measure["facts"]
-    return Link(
-        pruned=layer.pruned,
-        clean=layer.clean,
-        promised=measure["promised"],
-        asked=facts.get("asked"),
-        floor=facts.get("floor", 0.0),
-        excess=measure["excess"],
-        gamma=facts.get("gamma", 1.0),
-        kappa=facts.get("kappa", 1.0),
-        violation=measure["violation"] or 0.0,
-        halfspace=facts.get("form") == "halfspace",
-        clean_error=measure["clean_error"],
-        clean_change=measure["clean_change"],
-        **measure["norms"],
+def _record(
+    spec: LayerSpec,
+    layer: LayerEvidence,
+    proof: Proof | None,
+    link: Link,
+    norms: tuple[dict[str, float], NormBound],
+    composed: Mapping[str, list[float]],
+    shares: Mapping[str, float],
+    measured: Measured,
+    held_out: Measured | None,
+    dtype: torch.dtype,
+) -> LayerRecord:
+    at = _handed_on(spec, layer)
+    bounds = {name: values[at] for name, values in composed.items() if math.isfinite(values[at])}
+    network_error = math.sqrt(measured.passages[at].error)
+    own = link.clean_error if layer.clean else network_error
+    promised = None if proof is None else proof.promised
+    total = measured.samples * spec.positions
+    return LayerRecord(
+        name=layer.name,
+        kind=spec.kind,
+        rows=0 if proof is None else proof.rows,
+        total_rows=total,
+        kept=int((layer.weight != 0).sum()),
+        numel=layer.weight.numel(),
+        objective=None if proof is None else proof.objective,
+        lower_bound=None if proof is None else proof.lower_bound,
+        gap=None if proof is None else proof.gap,
+        violation=None if proof is None else proof.violation,
+        promised=promised,
+        measured=own,
+        target_norm=math.sqrt(measured.passages[at].norm),
+        clean_error=link.clean_error,
+        clean_change=link.clean_change,
+        network_error=network_error,
+        held_out=None if held_out is None else _relative(held_out, at),
+        bounds=bounds,
+        norms=norms[0],
+        norm_method=norms[1].method,
+        attributed=math.sqrt(shares.get(layer.name, 0.0)),
+        remark=_remark(promised if link.whole else None, own, bounds, network_error, link),
+        bytes=sizes(layer.weight.to(dtype), compressed=False),
+        seconds=layer.seconds,
+        facts=layer.facts if proof is None else proof.facts,
     )
 
 
-def _relative_error(layers: list[LayerEvidence], i: int, dense: Activations, pruned: Activations) -> float:
-    y, y_hat = _act(layers[i], dense.outputs[i]), _act(layers[i], pruned.outputs[i])
-    size = float(torch.linalg.vector_norm(y))
-    return float((y_hat - y).norm()) / size if size > 0 else 0.0
+def _norms(spec: LayerSpec, layer: LayerEvidence, graph: LayerGraph) -> tuple[dict[str, float], NormBound]:
+    """Return the norms that bounds are made of, and how the pruned weight's largest singular value was bounded."""
+    before, after = (
+        _operator(weight.double(), spec.window, spec.groups, spec.step, graph)
+        for weight in (layer.dense_weight, layer.weight)
+    )
+    norms = {"dense_l1": before[0], "dense_l2": before[1].value}
+    return norms | {"pruned_l1": after[0], "pruned_l2": after[1].value, "pruned_fro": after[2]}, after[1]
+
+
+def _operator(
+    weight: Tensor, window: Window | None, groups: int, step: int, graph: LayerGraph
+) -> tuple[float, NormBound, float]:
+    """Return the ``ℓ1`` norm, the largest singular value and the Frobenius norm of what a weight does in a step."""
+    if window is None:
+        return float(weight.abs().sum()), linear_norm(weight), float(weight.norm())
+    source = graph.program.steps[graph.program.steps[step].argument("input").step].shape
+    size = None if source is None else [n for n in source[-len(window.kernel) :] if isinstance(n, int)]
+    size = size if size is not None and len(size) == len(window.kernel) else None
+    stride, dilation = window.stride, window.dilation
+    largest = conv_norm(
+        weight, stride=stride, padding=window.padding, dilation=dilation, groups=groups, input_size=size
+    )
+    return l1_conv_norm(weight), largest, frobenius_conv_norm(weight, stride=stride, dilation=dilation)
+
+
+def _others(graph: LayerGraph, measured: Measured, state: Mapping[str, Tensor]) -> list[Link]:
+    """Return links of the weights that are no layers of the graph, because they are tied or shared: left dense."""
+    layers = {spec.step for spec in graph.layers}
+    links = []
+    for index, step in enumerate(graph.program.steps):
+        name = None if index in layers else weight_of(step)
+        if name is None or name not in state or len(step.refs) != 1:
+            continue
+        l1, l2, fro = _operator(state[name], *window_of(step, state[name].shape), index, graph)
+        own = math.sqrt(measured.passages[index].own)
+        kind = dict(pruned=False, clean=True, promised=None, whole=False, asked=None, halfspace=False)
+        zero = dict.fromkeys(("floor", "violation", "excess"), 0.0) | {"gamma": 1.0, "kappa": 1.0}
+        norms = {"dense_l1": l1, "dense_l2": l2.value, "pruned_l1": l1, "pruned_l2": l2.value, "pruned_fro": fro}
+        links.append(Link(index, index, index, clean_error=own, clean_change=own, **kind, **zero, **norms))  # type: ignore[arg-type]
+    return links
+
+
+def _link(
+    spec: LayerSpec, layer: LayerEvidence, proof: Proof | None, norms: dict[str, float], measured: Measured
+) -> Link:
+    passage = measured.passages[spec.step]
+    known = {} if proof is None else proof.facts
+    return Link(
+        step=spec.step,
+        output=spec.output,
+        promised_at=_handed_on(spec, layer),
+        pruned=layer.pruned,
+        clean=layer.clean,
+        promised=None if proof is None else proof.promised,
+        whole=proof is not None and proof.rows == measured.samples * spec.positions,
+        asked=known.get("asked"),
+        floor=known.get("floor", 0.0),
+        excess=0.0 if proof is None else proof.excess,
+        gamma=known.get("gamma", 1.0),
+        kappa=known.get("kappa", 1.0),
+        violation=0.0 if proof is None else proof.violation or 0.0,
+        # groups have radii of their own, each the larger of two: they add up in quadrature as a ceiling does
+        halfspace=known.get("form") == "halfspace" or spec.groups > 1,
+        clean_error=math.sqrt(passage.own_after),
+        clean_change=math.sqrt(passage.own),
+        **norms,
+    )
+
+
+def _handed_on(spec: LayerSpec, layer: LayerEvidence) -> int:
+    """Return the step whose error a layer answers for: the sum, where it was fitted to what is missing there."""
+    return spec.sum if layer.facts.get("residual") and spec.sum is not None else spec.output
+
+
+def _relative(measured: Measured, step: int) -> float:
+    passage = measured.passages[step]
+    return math.sqrt(passage.error / passage.norm) if passage.norm > 0 else 0.0
+
+
+def _unbounded(graph: LayerGraph, measured: Measured, bounds: Sequence[float]) -> str | None:
+    """Name the first step that makes a composed bound infinite."""
+    for step, passage, bound in zip(graph.program.steps, measured.passages, bounds, strict=True):
+        if math.isinf(bound):
+            why = "" if passage.flow is None else f" ({passage.flow.method})"
+            return f"{step.target} in {step.where or 'forward'}{why}"
+    return None
+
+
+def _remark(promised: float | None, own: float, bounds: Mapping[str, float], error: float, link: Link) -> str | None:
+    """Say why a promise or the tightest bound lies more than tenfold above what was measured."""
+    said = []
+    if promised is not None and promised > _APART * own:
+        why = (
+            "the radius is no smaller than the dense weights' own error on the pruned inputs"
+            if link.asked is not None and link.asked * link.kappa < promised / 2
+            else "the weight lies well inside the radius, as where the radius is loose"
+        )
+        said.append(f"promised {promised:.3g}, measured {own:.3g}: {why}.")
+    tightest = min(bounds.values(), default=0.0)
+    if tightest > _APART * error:
+        name = min(bounds, key=lambda key: bounds[key])
+        said.append(
+            f"bound {tightest:.3g} ({name}), measured {error:.3g}: a composed bound takes every layer's worst "
+            f"direction (here a norm of {link.pruned_l2:.3g}) and lets no two errors cancel."
+        )
+    return " ".join(said) or None

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
 from types import TracebackType
 
 import psutil
+
+from nettrim.errors import ProblemError
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LEAST = 2**24
+
+
+def check_bytes(limit: int | str) -> int:
+    """Return a limit of memory in bytes, from a number or a text such as "512 MiB" or "2 GB".
+
+    Raises
+    ------
+    ProblemError
+        It is neither, or less than 16 MiB.
+    """
+    found = None
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        found = limit
+    elif isinstance(limit, str):
+        text = limit.strip().upper()
+        digits = text.rstrip("BGIKM ").strip()
+        with contextlib.suppress(ValueError, KeyError):
+            found = int(float(digits) * _UNITS[text[len(digits) :].strip()])
+    if found is None or found < _LEAST:
+        raise ProblemError(f"memory_limit={limit!r} is out of range: give at least 16 MiB, as bytes or as '512 MiB'.")
+    return found
 
 
 class PeakMemory:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from nettrim.core.problem import FORMS
 from nettrim.core.support import kept_count
-from nettrim.errors import ProblemError, UnsupportedError
+from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods import AMOUNTS, Method, make_method
 from nettrim.methods.base import COUNTS, ChecksAmount, LooksAhead
 from nettrim.methods.masks import Pattern
-from nettrim.network.calibrate import Batch
-from nettrim.network.trace import LayerGraph, trace
+from nettrim.network.batches import Batches
+from nettrim.network.trace import LayerGraph, Traced, trace
+from nettrim.pipeline.account import Account
 from nettrim.pipeline.budget import Overall, allocate
 from nettrim.pipeline.finish import Finish, headroomed, make_finish
-from nettrim.pipeline.schedule import resolve_amount, waves
+from nettrim.pipeline.schedule import per_layer, resolve_amount, waves
 from nettrim.pipeline.scout import Scout
 
+_OBSERVED = 64  # samples that the forward is observed on, at the most
 _ROWS = 5000  # samples of a look ahead: a split or a sensitivity is known well enough from these
 
 
@@ -31,7 +34,8 @@ class Plan:
     ----------
     method : Method
     schedule : str
-    graph : LayerGraph
+    traced : Traced
+        The model, observed on the first of the samples.
     waves : list of list of str
     amount : str
         Of `nettrim.methods.AMOUNTS`.
@@ -44,11 +48,16 @@ class Plan:
         How the network is trained on.
     targets : dict of str to int, or int, or None
         How many weights finishing leaves, of each layer or in all; None where it takes none away.
+    forms : dict of str to str
+        The form of single layers' programs, where it was said.
+    residual : {"own", "sum"}
+        Whether a layer that is added to a trunk is fitted to its own dense outputs, or, in cascade, to the dense sum
+        less the pruned trunk.
     """
 
     method: Method
     schedule: str
-    graph: LayerGraph
+    traced: Traced
     waves: list[list[str]]
     amount: str
     values: Mapping[str, float | Pattern]
@@ -56,16 +65,27 @@ class Plan:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     finish: Finish | None = None
     targets: Mapping[str, int] | int | None = None
+    forms: Mapping[str, str] = field(default_factory=dict)
+    residual: str = "own"
+
+    @property
+    def graph(self) -> LayerGraph:
+        """The network's forward and its layers."""
+        return self.traced.graph
 
     @staticmethod
     def make(
         model: nn.Module,
+        batches: Batches,
         method: str | Method,
         schedule: str,
         layers: Any,
         ignore: Any,
         amounts: dict[str, Any],
         finish: str | Finish | None = None,
+        forms: Mapping[str, str] | None = None,
+        on_unsupported: str = "refuse",
+        residual: str = "own",
     ) -> Plan:
         """Resolve what the user said.
 
@@ -75,13 +95,18 @@ class Plan:
             As `nettrim.prune`.
         """
         chosen = make_method(method)
-        graph = trace(model, layers, ignore)
+        traced = trace(model, batches.first(_OBSERVED), layers, ignore, on_unsupported)
+        graph = traced.graph
         order = waves(graph, schedule)
+        said = _forms(graph, chosen, forms)
+        if residual not in ("own", "sum"):
+            raise UnknownNameError(f"residual={residual!r} is unknown: use own or sum.")
         overall = amounts.get("sparsity")
         if not isinstance(overall, Overall):
             kind, values = resolve_amount(graph, chosen, amounts)
             _check_settings(chosen, kind, graph)
-            plan = Plan(chosen, schedule, graph, order, kind, values, finish=make_finish(finish, kind, overall=False))
+            made = make_finish(finish, kind, overall=False)
+            plan = Plan(chosen, schedule, traced, order, kind, values, finish=made, forms=said, residual=residual)
             if plan.finish is not None and plan.finish.choose != "fixed":
                 final = plan.counts()
                 if "kept" not in chosen.amounts:
@@ -99,17 +124,15 @@ class Plan:
                 f"method {chosen.name!r} takes {' or '.join(chosen.amounts)}, and sparsity={overall} was given."
             )
         _check_settings(chosen, "kept", graph)
-        total = overall.kept(sum(layer.in_features * layer.out_features for layer in graph.selected))
+        total = overall.kept(sum(layer.numel for layer in graph.selected))
         if total < len(graph.selected):
             raise ProblemError(f"{overall} leaves {total} weights for {len(graph.selected)} layers: lower it.")
-        return Plan(
-            chosen, schedule, graph, order, "kept", {}, overall, finish=make_finish(finish, "kept", overall=True)
-        )
+        made = make_finish(finish, "kept", overall=True)
+        return Plan(chosen, schedule, traced, order, "kept", {}, overall, finish=made, forms=said, residual=residual)
 
     def settle(
         self,
-        dense: nn.Module,
-        calibration: Sequence[Batch],
+        account: Account,
         started: Mapping[str, Any] | None,
         seed: int,
         progress: bool,
@@ -118,9 +141,7 @@ class Plan:
 
         Parameters
         ----------
-        dense : nn.Module
-            In float64.
-        calibration : sequence of Batch
+        account : Account
         started : mapping or None
             Settings of a run to go on with, the same but for the split that it found, which is taken over.
         seed : int
@@ -129,7 +150,7 @@ class Plan:
         ahead = isinstance(self.method, LooksAhead) and self.method.looks_ahead(self.amount)
         if not self.overall and not ahead:
             return self
-        scout = Scout.of(dense, self.graph, calibration, _ROWS, seed)
+        scout = Scout.of(account, _ROWS, seed)
         plan = self
         if self.overall:
             total = self.overall.kept(sum(self.sizes.values()))
@@ -151,7 +172,7 @@ class Plan:
     @property
     def sizes(self) -> dict[str, int]:
         """How many weights each layer to prune has."""
-        return {layer.name: layer.in_features * layer.out_features for layer in self.graph.selected}
+        return {layer.name: layer.numel for layer in self.graph.selected}
 
     def counts(self) -> dict[str, int]:
         """Return how many weights each layer keeps.
@@ -177,3 +198,26 @@ def _check_settings(method: Method, amount: str, graph: LayerGraph) -> None:
     """Let a method refuse, before any work, an amount that does not go with its settings."""
     if isinstance(method, ChecksAmount):
         method.check_amount(amount, any(layer.bias for layer in graph.selected))
+
+
+def _forms(graph: LayerGraph, method: Method, forms: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the forms that were said of single layers.
+
+    Raises
+    ------
+    UnknownNameError, UnsupportedError
+        There is no such form or layer, the method has no forms, or a layer has no ReLU to allow for.
+    """
+    if not forms:
+        return {}
+    found = per_layer([layer.name for layer in graph.selected], forms, "forms", complete=False)
+    if not hasattr(method, "form"):
+        raise UnsupportedError(f"forms is given, and method {method.name!r} solves no convex program: leave it out.")
+    for name, form in found.items():
+        if form not in FORMS:
+            raise UnknownNameError(f"forms has {form!r} for layer {name!r}: use one of {', '.join(FORMS)}.")
+        if form != "linear" and not graph.layer(name).relu:
+            raise UnsupportedError(
+                f"forms has {form!r} for layer {name!r}, whose output flows into no ReLU: only 'linear' is right there."
+            )
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nettrim.errors import RunError
-from nettrim.pipeline.store import read_json, write_atomically
+from nettrim.pipeline.files import read_json, write_atomically
 
 SCHEMA = 1
 #: the one file that a comparison keeps in its directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from nettrim.core.problem import check_amount, check_count
@@ -17,8 +18,9 @@ SCHEDULES = ("parallel", "cascade")
 def waves(graph: LayerGraph, schedule: str) -> list[list[str]]:
     """Return the names of the layers to prune, wave by wave; the layers of a wave do not wait for each other.
 
-    "parallel": one wave, every layer on the dense network's inputs. "cascade": one layer a wave, each on the inputs
-    that come through the pruned layers before it.
+    "parallel": one wave, every layer on the dense network's inputs. "cascade": generation by generation, each on the
+    inputs that come through the pruned layers before it; layers of one generation, such as those of two branches, do
+    not read each other.
 
     Raises
     ------
@@ -27,8 +29,36 @@ def waves(graph: LayerGraph, schedule: str) -> list[list[str]]:
     """
     if schedule not in SCHEDULES:
         raise UnknownNameError(f"schedule={schedule!r} is unknown: use {' or '.join(SCHEDULES)}.")
-    names = [layer.name for layer in graph.selected]
-    return [names] if schedule == "parallel" else [[name] for name in names]
+    if schedule == "parallel":
+        return [[layer.name for layer in graph.selected]]
+    found: dict[int, list[str]] = {}
+    for layer in graph.selected:
+        found.setdefault(layer.generation, []).append(layer.name)
+    return [found[generation] for generation in sorted(found)]
+
+
+def per_layer(names: list[str], value: Mapping[str, Any], kind: str, complete: bool = True) -> dict[str, Any]:
+    """Return what a dict says of each layer: by its name, else by the first pattern, such as "body.*", that fits.
+
+    Raises
+    ------
+    UnknownNameError
+        An entry fits no layer.
+    ProblemError
+        A layer has none, and `complete` asks for all.
+    """
+    unknown = sorted(str(key) for key in value if not any(name == key or fnmatchcase(name, key) for name in names))
+    if unknown:
+        raise UnknownNameError(f"{kind} names {', '.join(unknown)}: the layers to prune are {', '.join(names)}.")
+    found = {}
+    for name in names:
+        keys = [name] if name in value else [key for key in value if fnmatchcase(name, key)]
+        if keys:
+            found[name] = value[keys[0]]
+    missing = [name for name in names if name not in found]
+    if missing and complete:
+        raise ProblemError(f"{kind} has no entry for {', '.join(missing)}: give every layer one, or a single number.")
+    return found
 
 
 def resolve_amount(
@@ -42,7 +72,7 @@ def resolve_amount(
     method : Method
     amounts : mapping
         "epsilon", "sparsity", "kept", "lam" and "tolerance", exactly one not None: a number for every layer, or a dict
-        from layer name to number.
+        from layer name or pattern to number.
 
     Raises
     ------
@@ -60,25 +90,14 @@ def resolve_amount(
         raise ProblemError(f"give exactly one of epsilon, sparsity, kept, lam and tolerance: {found}.")
     kind, value = next(iter(given.items()))
     names = [layer.name for layer in graph.selected]
-    if isinstance(value, Mapping):
-        unknown = sorted(set(value) - set(names))
-        missing = [name for name in names if name not in value]
-        if unknown:
-            raise UnknownNameError(f"{kind} names {', '.join(unknown)}: the layers to prune are {', '.join(names)}.")
-        if missing:
-            raise ProblemError(
-                f"{kind} has no entry for {', '.join(missing)}: give every layer one, or a single number."
-            )
-        per_layer = {name: value[name] for name in names}
-    else:
-        per_layer = dict.fromkeys(names, value)
-    if kind == "sparsity" and any(isinstance(number, Pattern) for number in per_layer.values()):
+    values = per_layer(names, value, kind) if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    if kind == "sparsity" and any(isinstance(number, Pattern) for number in values.values()):
         kind = "pattern"
     if kind not in method.amounts:
         raise UnsupportedError(
             f"method {method.name!r} takes {' or '.join(method.amounts)}, and {kind}={value} was given."
         )
-    return kind, {layer.name: _checked(kind, per_layer[layer.name], layer) for layer in graph.selected}
+    return kind, {layer.name: _checked(kind, values[layer.name], layer) for layer in graph.selected}
 
 
 def _checked(kind: str, number: Any, layer: LayerSpec) -> float | Pattern:
@@ -92,7 +111,7 @@ def _checked(kind: str, number: Any, layer: LayerSpec) -> float | Pattern:
             )
         return number
     if kind == "kept":
-        count, numel = check_count(kind, number), layer.in_features * layer.out_features
+        count, numel = check_count(kind, number), layer.numel
         if count > numel:
             raise ProblemError(f"kept={count} is out of range: layer {layer.name!r} has {numel} weights.")
         return count

@@ -1,59 +1,50 @@
 """A run directory: what lies where, written whole or not at all, read back without pickles.
 
 ``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it
-was solved); ``samples/`` (the rows that enter the first layer, and labels), from which `verify` replays the
-chain; ``ledger.json``; ``run.json`` (settings, versions, host, fingerprints, and the digest of every other
-file).
+was solved); ``network.json`` and ``network.safetensors`` (the dense network as a program, and its weights) and
+``samples/``, from which `verify` runs everything again; ``ledger.json``; ``run.json`` (settings, versions, host,
+fingerprints, and the digest of every other file).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from nettrim.errors import RunError
+from nettrim.errors import RunError, UnsupportedError
 from nettrim.methods.masks import Pattern
+from nettrim.network.batches import Batch, Batches, read_batches
+from nettrim.network.fold import Fold
+from nettrim.network.matrix import Window
+from nettrim.network.program_json import from_json, to_json
+from nettrim.network.trace import LayerGraph, LayerSpec
+from nettrim.pipeline.account import Account
+from nettrim.pipeline.files import (
+    describe_place,
+    digest_json,
+    digest_tensors,
+    json_bytes,
+    read_json,
+    read_tensors,
+    tensor_bytes,
+    write_atomically,
+)
 from nettrim.pipeline.ledger import LayerEvidence, Ledger
 from nettrim.pipeline.plan import Plan
 
-SCHEMA = 2
-_VERSIONED = ("nettrim", "torch", "numpy", "safetensors")
+SCHEMA = 3
+_SPLITS = ("calibration", "held-out")
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """The rows that enter the first layer, and their labels.
-
-    Attributes
-    ----------
-    name : str
-        "calibration" or "held-out".
-    rows : Tensor (P, N)
-        float64.
-    labels : Tensor (P,) or None
-    """
-
-    name: str
-    rows: Tensor
-    labels: Tensor | None
-
-
-def describe_run(model: nn.Module, plan: Plan, seed: int) -> dict[str, Any]:
+def describe_run(model: nn.Module, plan: Plan, account: Account, rows: int | None, seed: int) -> dict[str, Any]:
     """Return the settings of a run as JSON values: what was asked for, on what, and where."""
     return {
         "schema": SCHEMA,
@@ -62,27 +53,17 @@ def describe_run(model: nn.Module, plan: Plan, seed: int) -> dict[str, Any]:
         "schedule": plan.schedule,
         "amount": {plan.amount: {k: str(v) if isinstance(v, Pattern) else v for k, v in plan.values.items()}},
         "overall": plan.overall and str(plan.overall),
+        "forms": dict(plan.forms),
+        "residual": plan.residual,
         "finish": plan.finish and repr(plan.finish),
         "targets": dict(plan.targets) if isinstance(plan.targets, Mapping) else plan.targets,
-        "chain": [asdict(layer) for layer in plan.graph.layers],
+        "layers": json.loads(json.dumps([asdict(layer) for layer in plan.graph.layers])),
+        "rows": rows,
+        "memory_limit": account.memory_limit,
         "seed": seed,
         "model": digest_tensors(dict(model.state_dict())),
+        "data": {split: batches.digest() for split, batches in _splits(account)},
     } | describe_place()
-
-
-def describe_place() -> dict[str, Any]:
-    """Return where this runs, as JSON values: versions, host, commit."""
-    return {
-        "versions": {name: _version(name) for name in _VERSIONED},
-        "host": {
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "commit": _commit(),
-    }
 
 
 #: what must be the same for a run to be gone on with
@@ -93,11 +74,16 @@ _IDENTITY = (
     "schedule",
     "amount",
     "overall",
+    "forms",
+    "residual",
     "finish",
     "targets",
-    "chain",
+    "layers",
+    "rows",
+    "memory_limit",
     "seed",
     "model",
+    "data",
 )
 
 
@@ -109,10 +95,8 @@ class RunStore:
         self.run = run
 
     @staticmethod
-    def create(
-        directory: str | Path, settings: dict[str, Any], calibration: Samples, held_out: Samples | None
-    ) -> RunStore:
-        """Start a run directory: its settings and samples are written at once.
+    def create(directory: str | Path, settings: dict[str, Any], account: Account) -> RunStore:
+        """Start a run directory: its settings, network and samples are written at once.
 
         Raises
         ------
@@ -126,16 +110,14 @@ class RunStore:
             (path / "samples").mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(f"{path} cannot be made: {error.strerror or error}.") from error
-        store = RunStore(
-            path, settings | {"state": "started", "data": _data_digest(calibration, held_out), "files": {}}
-        )
+        store = RunStore(path, settings | {"state": "started", "not_stored": _not_stored(account), "files": {}})
         store._write_run()
-        store._write_samples(calibration, held_out)
+        store._write_network(account)
         return store
 
     @staticmethod
     def resume(
-        directory: str | Path, settings: dict[str, Any], calibration: Samples, held_out: Samples | None
+        directory: str | Path, settings: dict[str, Any], account: Account
     ) -> tuple[RunStore, dict[str, LayerEvidence]]:
         """Go on with a run: return its store and the layers that are finished. An empty or absent directory
         starts anew.
@@ -143,13 +125,13 @@ class RunStore:
         Raises
         ------
         RunError
-            The run differs in model, data or settings, which the text names; or it cannot be read.
+            The run differs in model, data, settings or schema, which the text names; or it cannot be read.
         """
         path = Path(directory)
-        if _is_free(path):
-            return RunStore.create(path, settings, calibration, held_out), {}
+        if is_free(path):
+            return RunStore.create(path, settings, account), {}
         run = read_json(path / "run.json")
-        require_same(path, run, settings, calibration, held_out)
+        require_same(path, run, settings)
         store, found = RunStore(path, run | {"state": "started"}), {}
         for name, digest in list(run["files"].items()):
             if not _holds(path / name, digest):
@@ -158,7 +140,7 @@ class RunStore:
             elif name.startswith("layers/"):
                 evidence = read_layer(path / name)
                 found[evidence.name] = evidence
-        store._write_samples(calibration, held_out)
+        store._write_network(account)
         return store, found
 
     def write_layer(self, layer: LayerEvidence) -> None:
@@ -168,40 +150,33 @@ class RunStore:
             if getattr(layer, key) is not None:
                 tensors[key] = getattr(layer, key)
         about = {key: getattr(layer, key) for key in ("name", "relu", "pruned", "clean", "facts", "seconds")}
-        self._tensors(layer_file(layer.name), tensors, about)
+        self._file(layer_file(layer.name), tensor_bytes(tensors, about))
         self._write_run()
 
-    def finish(self, model: nn.Module, layers: list[LayerEvidence], ledger: Ledger) -> None:
-        """Write what is known only at the end."""
-        state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-        named = {
-            f"{layer.name}.{key}": tensor
-            for layer in layers
-            for key, tensor in (("weight", layer.weight), ("bias", layer.bias))
-            if tensor is not None
-        }
-        # a model that was read back without its class has other names for the same layers
-        self._tensors("model.safetensors", state if named.keys() <= state.keys() else named)
+    def finish(self, state: Mapping[str, Any], layers: list[LayerEvidence], ledger: Ledger) -> None:
+        """Write what is known only at the end; `state` is that of the pruned module."""
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        self._file("model.safetensors", tensor_bytes(tensors))
         masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
-        self._tensors("masks.safetensors", masks)
-        self._file("ledger.json", _json({"schema": SCHEMA} | ledger.as_dict()))
+        self._file("masks.safetensors", tensor_bytes(masks))
+        self._file("ledger.json", json_bytes({"schema": SCHEMA} | ledger.as_dict()))
         self.run["state"] = "finished"
         self._write_run()
 
-    def _write_samples(self, calibration: Samples, held_out: Samples | None) -> None:
-        for samples in filter(None, (calibration, held_out)):
-            name = f"samples/{samples.name}.safetensors"
+    def _write_network(self, account: Account) -> None:
+        wanted: dict[str, bytes] = {}
+        if "network" not in self.run["not_stored"]:
+            wanted["network.json"] = json_bytes(network_json(account.graph))
+            raw = {name: tensor.to(account.dtypes.get(name, tensor.dtype)) for name, tensor in account.raw.items()}
+            wanted["network.safetensors"] = tensor_bytes(raw)
+            if "samples" not in self.run["not_stored"]:
+                wanted |= {
+                    f"samples/{split}.safetensors": _sample_bytes(batches) for split, batches in _splits(account)
+                }
+        for name, content in wanted.items():
             if name not in self.run["files"]:
-                tensors = {"rows": _smallest(samples.rows)}
-                if samples.labels is not None:
-                    tensors["labels"] = samples.labels
-                self._tensors(name, tensors)
+                self._file(name, content)
         self._write_run()
-
-    def _tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-        # cloned, because safetensors refuses tensors that share memory
-        plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-        self._file(name, to_bytes(plain, None if about is None else {"about": json.dumps(about)}))
 
     def _file(self, name: str, content: bytes) -> None:
         write_atomically(self.directory / name, content)
@@ -210,7 +185,97 @@ class RunStore:
     def _write_run(self) -> None:
         self.run.pop("digest", None)
         self.run["digest"] = digest_json(self.run)
-        write_atomically(self.directory / "run.json", _json(self.run))
+        write_atomically(self.directory / "run.json", json_bytes(self.run))
+
+
+def _splits(account: Account) -> list[tuple[str, Batches]]:
+    pairs = zip(_SPLITS, (account.batches, account.held), strict=True)
+    return [(split, batches) for split, batches in pairs if batches is not None]
+
+
+def _not_stored(account: Account) -> dict[str, str]:
+    """Return what `verify` will lack, and why."""
+    found = {}
+    try:
+        to_json(account.graph.program)
+    except UnsupportedError as error:
+        found["network"] = str(error)
+    for split, batches in _splits(account):
+        if batches.spooled:
+            found["samples"] = f"the {split} samples are {batches.nbytes / 2**20:.0f} MiB, more than is held in memory."
+    return found
+
+
+def _sample_bytes(batches: Batches) -> bytes:
+    whole = batches.select(torch.arange(batches.rows))
+    tensors = {f"inputs.{k}": tensor for k, tensor in enumerate(whole.inputs)}
+    tensors |= {f"kwargs.{key}": tensor for key, tensor in whole.kwargs.items()}
+    labels = batches.labels()
+    if labels is not None:
+        tensors["labels"] = labels
+    return tensor_bytes(tensors, {"batches": [len(batch) for batch in batches]})
+
+
+def network_json(graph: LayerGraph) -> dict[str, Any]:
+    """Return a network's forward and layers as JSON values."""
+    return {
+        "program": to_json(graph.program),
+        "folds": [asdict(fold) for fold in graph.folds],
+        "layers": [asdict(layer) for layer in graph.layers],
+        "unsupported": [list(pair) for pair in graph.unsupported],
+    }
+
+
+def read_account(path: Path, run: Mapping[str, Any]) -> Account:
+    """Return the dense network and the samples of a run directory.
+
+    Raises
+    ------
+    RunError
+        A file is missing, truncated, or of something else.
+    """
+    stored = read_json(path / "network.json")
+    tensors, _ = read_tensors(path / "network.safetensors")
+    graph = LayerGraph(
+        from_json(stored["program"]),
+        tuple(Fold(**fold) for fold in stored["folds"]),
+        tuple(_layer_spec(layer) for layer in stored["layers"]),
+        tuple((name, why) for name, why in stored["unsupported"]),
+    )
+    raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    limit = run["memory_limit"]
+    splits = [
+        _read_samples(path / f"samples/{split}.safetensors", limit) if split in run["data"] else None
+        for split in _SPLITS
+    ]
+    if splits[0] is None:
+        raise RunError(f"{path / 'run.json'} names no calibration samples, so it is not of a run directory.")
+    return Account(graph, raw, dtypes, splits[0], splits[1], limit)
+
+
+def _layer_spec(stored: Mapping[str, Any]) -> LayerSpec:
+    window = stored["window"]
+    if window is not None:
+        sides = tuple((before, after) for before, after in window["padding"])
+        window = Window(tuple(window["kernel"]), tuple(window["stride"]), tuple(window["dilation"]), sides)
+    return LayerSpec(**{**stored, "shape": tuple(stored["shape"]), "window": window})
+
+
+def _read_samples(path: Path, memory_limit: int) -> Batches:
+    tensors, about = read_tensors(path)
+    inputs = tuple(tensors[f"inputs.{k}"] for k in range(sum(key.startswith("inputs.") for key in tensors)))
+    kwargs = {key.removeprefix("kwargs."): tensor for key, tensor in tensors.items() if key.startswith("kwargs.")}
+    if not inputs and not kwargs:
+        raise RunError(f"{path} holds no inputs, so it is not of a run directory.")
+    batches, start = [], 0
+    # as they came: what a layer's rows are numbered by
+    for size in about["batches"]:
+        cut = slice(start, start + size)
+        labels = tensors["labels"][cut] if "labels" in tensors else None
+        batches.append(Batch(tuple(t[cut] for t in inputs), {key: t[cut] for key, t in kwargs.items()}, labels))
+        start += size
+    return read_batches(batches, path.stem, memory_limit=memory_limit)
 
 
 def require_free(directory: str | Path) -> None:
@@ -221,27 +286,22 @@ def require_free(directory: str | Path) -> None:
     RunError
         It does, or cannot be looked into.
     """
-    if not _is_free(Path(directory)):
+    if not is_free(Path(directory)):
         raise RunError(f"{directory} already holds something: choose another directory, or resume the run in it.")
 
 
 def require_same(
-    directory: str | Path,
-    run: Mapping[str, Any],
-    settings: dict[str, Any],
-    calibration: Samples,
-    held_out: Samples | None,
-    but: tuple[str, ...] = (),
+    directory: str | Path, run: Mapping[str, Any], settings: Mapping[str, Any], but: tuple[str, ...] = ()
 ) -> None:
-    """Refuse a run that was started with other settings, model or data; `but` are not known yet.
+    """Refuse a run that was started with other settings, model, data or schema; `but` are not known yet.
 
     Raises
     ------
     RunError
         It was, and the text names in what it differs.
     """
-    wanted = json.loads(json.dumps(settings)) | {"data": _data_digest(calibration, held_out)}
-    differs = [key for key in (*_IDENTITY, "data") if key not in but and run.get(key) != wanted[key]]
+    wanted = json.loads(json.dumps(dict(settings)))
+    differs = [key for key in _IDENTITY if key not in but and run.get(key) != wanted[key]]
     if differs:
         raise RunError(
             f"{directory} holds a run with another {', '.join(differs)}: resume with the same, or use another "
@@ -261,12 +321,13 @@ def started_run(directory: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
     """Whether nothing stands there but folders: what a run leaves that was killed before it wrote its first file."""
     try:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: choose a directory.")
-        return all(inside.is_dir() for inside in path.rglob("*"))
+        # a file that was being written when the run was killed is nobody's
+        return all(inside.is_dir() or inside.name.endswith(".part") for inside in path.rglob("*"))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -281,65 +342,6 @@ def layer_file(name: str) -> str:
     if len(safe) > 150:
         safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return f"layers/{safe}.safetensors"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole, or not at all.
-
-    Raises
-    ------
-    RunError
-        It cannot be written: a full disk, a missing permission. What was there before stays.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    RunError
-        It is missing, truncated, or no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise RunError(f"{path} is truncated or no JSON file: {error}.") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object, so it is not of a run directory.")
-    return value
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file: its tensors, and what is said about them.
-
-    Raises
-    ------
-    RunError
-        It is missing, truncated, or of another format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get("about", "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(about)  # noqa: SIM118
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"{path} is truncated or no safetensors file: {error}.") from error
 
 
 def read_layer(path: Path) -> LayerEvidence:
@@ -362,75 +364,3 @@ def read_layer(path: Path) -> LayerEvidence:
         )
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is not the file of a pruned layer: {error}.") from error
-
-
-def read_samples(path: Path) -> Samples:
-    """Read the rows and labels of one split.
-
-    Raises
-    ------
-    RunError
-        The file is missing, truncated, or holds no rows.
-    """
-    tensors, _ = read_tensors(path)
-    if "rows" not in tensors:
-        raise RunError(f"{path} holds no rows, so it is not of a run directory.")
-    return Samples(path.stem, tensors["rows"].double(), tensors.get("labels"))
-
-
-def digest_tensors(tensors: dict[str, Tensor]) -> str:
-    """Return a SHA-256 of names, dtypes, shapes and values."""
-    total = hashlib.sha256()
-    for name, tensor in sorted((key, value) for key, value in tensors.items() if isinstance(value, Tensor)):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def digest_json(value: dict[str, Any]) -> str:
-    """Return a SHA-256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _data_digest(calibration: Samples, held_out: Samples | None) -> str:
-    tensors = {}
-    for samples in filter(None, (calibration, held_out)):
-        tensors[samples.name] = samples.rows
-        if samples.labels is not None:
-            tensors[f"{samples.name} labels"] = samples.labels
-    return digest_tensors(tensors)
-
-
-def _smallest(rows: Tensor) -> Tensor:
-    """Return float32 rows where that loses nothing, as with images, else the rows."""
-    small = rows.float()
-    return small if torch.equal(small.double(), rows) else rows
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    # NaN and infinity are no JSON, and no figure may be either
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout that nettrim runs from, or None where it is an installed package."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nettrim.errors import ProblemError
+from nettrim.pipeline.files import write_atomically
 from nettrim.pipeline.rows import Comparison, Row
 from nettrim.pipeline.schedule import SCHEDULES
-from nettrim.pipeline.store import write_atomically
 from nettrim.report.plots import _figure_class
 from nettrim.report.tables import text_table
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import nettrim.methods.exact_obs as exact_obs
 from nettrim import prune
-from nettrim.core.linalg import gram
+from nettrim.core.moments import Moments
 from nettrim.errors import ProblemError
 from nettrim.methods.base import LayerTask
 from nettrim.methods.exact_obs import Obs
@@ -119,7 +119,7 @@ def test_the_size_of_blocks_does_not_matter(monkeypatch):
 def test_the_batches_of_samples_do_not_matter(monkeypatch, rows):
     t = random_task(3)
     expected = Obs().prune_layer(t)
-    monkeypatch.setattr("nettrim.core.linalg.gram", functools.partial(gram, rows=rows))
+    monkeypatch.setattr(Moments, "of", functools.partial(Moments.of, rows=rows))
     found = Obs().prune_layer(t)
     assert torch.equal(found.weight != 0, expected.weight != 0)
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-9, atol=1e-12)

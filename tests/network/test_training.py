@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nettrim.errors import ProblemError, UnknownNameError
-from nettrim.network.training import History, Support, run_epochs, train
+from nettrim.network.batches import Batch, read_batches
+from nettrim.network.losses import cross_entropy
+from nettrim.network.samples import joined
+from nettrim.network.support import Support
+from nettrim.network.training import History, run_epochs, train
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -104,11 +108,11 @@ X, Y = data()
         (X.long(), Y, "torch.int64"),
         (torch.where(X > 2, torch.nan, X), Y, "NaN or infinite"),
         (X, Y.float(), "labels are torch.float32"),
-        (X, Y[:, None], r"labels.*\(50, 1\)"),
+        (X, Y[:, None], r"labels have shape \(50, 1\) where .* pass labels of shape \(50,\)"),
         (X, Y[:9], "50 rows and labels 9"),
         (X, Y + 1, r"1 \.\.\. 2 and the model scores 2"),
         (X, Y - 1, r"-1 \.\.\. 0"),
-        (X[:, :3], Y, r"fails on inputs of shape \(50, 3\)"),
+        (X[:, :3], Y, r"fails on inputs of shape \(1, 3\)"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_any_step(inputs, labels, said):
@@ -244,7 +248,7 @@ def test_epochs_before_the_support_is_settled_do_not_count():
     ("masks", "error", "said"),
     [
         ({}, ProblemError, "masks is empty"),
-        ({"1": torch.ones(8, 4).bool()}, UnknownNameError, "no Linear layer '1'"),
+        ({"1": torch.ones(8, 4).bool()}, UnknownNameError, "no layer '1' with a weight"),
         ({"0": torch.ones(8, 4)}, ProblemError, r"layer '0' is torch.float32 of shape \(8, 4\); pass bool"),
         ({"0": torch.ones(4, 8).bool()}, ProblemError, r"\(4, 8\); pass bool of shape \(8, 4\)"),
         ({"0": [[True]]}, ProblemError, "layer '0' is list"),
@@ -256,3 +260,151 @@ def test_masks_that_do_not_fit_are_refused(masks, error, said):
     with pytest.raises(error, match=said):
         Support(model, masks)
     assert torch.equal(weights(model), before)
+
+
+# networks of other kinds ---------------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Token ids, by keyword, to an object with logits (B, T, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, ids: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        scores = self.head(self.embed(ids))
+        return {"loss": scores.new_zeros(()), "logits": scores if shift is None else scores + shift[:, None, None]}
+
+
+IDS = torch.randint(0, 7, (40, 6), generator=torch.Generator().manual_seed(2))
+
+
+def test_labels_of_every_position_are_learnt_by_the_loop():
+    torch.manual_seed(0)
+    model = Tagger()
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    batch = joined(read_batches([{"ids": IDS[:30], "shift": X[:30, 0]}, {"ids": IDS[30:], "shift": X[30:40, 0]}]))
+    wanted = (IDS + 1) % 7
+    history = run_epochs(
+        model, batch, wanted, cross_entropy, optimiser, schedule,
+        epochs=30, batch_size=8, seed=0, held_out=(batch, wanted),
+    )  # fmt: skip
+    assert history.held_out_losses[0] > 1.5
+    assert history.held_out_losses[-1] < 0.05
+    assert bool((model(IDS)["logits"].argmax(-1) == wanted).all())
+
+
+def images() -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(33, 2, 5, 5, generator=torch.Generator().manual_seed(5))
+    return inputs, (inputs.mean((1, 2, 3)) > 0).long()
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_masks_of_convolutions_and_bare_weights_hold(dropout):
+    inputs, labels = images()
+    model = convolutions()
+    generator = torch.Generator().manual_seed(1)
+    masks = {name: torch.rand(model[int(name)].weight.shape, generator=generator) < 0.5 for name in ("0", "3")}
+    before = weights(model)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    seen = []
+
+    def look() -> bool:
+        seen.append(all(torch.equal(model[int(name)].weight != 0, mask) for name, mask in masks.items()))
+        return True
+
+    statistics = model[1].running_mean.clone()
+    run_epochs(
+        model, inputs, labels, nn.functional.cross_entropy, optimiser, schedule,
+        epochs=3, batch_size=8, seed=0, dropout=dropout, support=Support(model, masks), before_step=look,
+    )  # fmt: skip
+    assert len(seen) == 3 * 5
+    assert all(seen)
+    assert look()
+    assert all(seen)
+    assert not torch.equal(weights(model), before)
+    # statistics follow the batches in training mode only
+    assert torch.equal(model[1].running_mean, statistics) != dropout
+
+    attention = nn.MultiheadAttention(4, 2)
+    mask = torch.rand(12, 4, generator=generator) < 0.5
+    support = Support(attention, {"in_proj_weight": mask, "out_proj": torch.eye(4).bool()})
+    support.apply()
+    assert torch.equal(attention.in_proj_weight != 0, mask)
+    assert torch.equal(attention.out_proj.weight != 0, torch.eye(4).bool())
+
+
+def test_a_single_row_is_not_left_over_for_batch_normalisation():
+    """33 rows by 8 leave one, of which a layer on vectors has no variance; others' steps are not cut otherwise."""
+    seen = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.append(len(x))
+            return super().forward(x)
+
+    inputs, labels = images()
+    flat = inputs.flatten(1)
+    normed = Watched(nn.Linear(50, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert len(train(normed, flat, labels, epochs=1, batch_size=8)) == 1
+    assert seen == [8, 8, 8, 7, 2]
+    seen.clear()
+    train(Watched(nn.Linear(50, 2)), flat, labels, epochs=1, batch_size=8)
+    assert seen == [8, 8, 8, 8, 1]
+    with pytest.raises(ProblemError, match=r"cannot be trained on a batch of one row .*raise batch_size"):
+        train(normed, flat, labels, epochs=1, batch_size=1)
+
+
+def test_a_classifier_of_positions_is_trained_and_checked():
+    model = nn.Conv2d(2, 3, 1)
+    inputs = images()[0]
+    labels = (inputs[:, 0] > inputs[:, 1]).long() + (inputs[:, 0] > 1).long()
+    labels[:, 0] = -100  # does not count
+    losses = train(model, inputs, labels, epochs=60, learning_rate=0.1, batch_size=8)
+    assert losses[-1] < 0.5 * losses[0]
+    with pytest.raises(ProblemError, match=r"shape \(33,\) where the model scores \(1, 5, 5, 3\) of one row"):
+        train(model, inputs, labels[:, 0, 0], epochs=1)
+    with pytest.raises(ProblemError, match="labels are -100 throughout"):
+        train(model, inputs, torch.full_like(labels, -100), epochs=1)
+    with pytest.raises(ProblemError, match=r"0 \.\.\. 3 and the model scores 3"):
+        train(model, inputs, labels.clamp(min=0) + (labels == 2).long(), epochs=1)
+
+
+def test_data_are_not_changed_by_a_first_layer_that_works_in_place():
+    inputs, labels = data()
+    before = inputs.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
+    train(model, inputs, labels, epochs=1)
+    loop(model, epochs=1, held_out=(inputs[:10], labels[:10]))
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (X.bool(), "inputs are torch.bool"),
+        (Batch((X,), {"mask": torch.full((50, 2), torch.nan)}), "an input has 100 NaN"),
+        (IDS[:0], r"shape \(0, 6\); pass at least one row"),
+    ],
+)
+def test_samples_that_cannot_be_used_are_refused(inputs, said):
+    with pytest.raises(ProblemError, match=said):
+        joined(inputs)
+
+
+def test_samples_are_joined_in_their_order():
+    batch = joined(read_batches([{"ids": IDS[:30], "x": X[:30]}, {"ids": IDS[30:], "x": X[30:40]}]))
+    assert torch.equal(batch.kwargs["ids"], IDS)
+    assert torch.equal(batch.inputs[0], X[:40])
+    assert joined(IDS).inputs[0] is IDS

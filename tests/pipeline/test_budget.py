@@ -14,10 +14,11 @@ from torch import nn
 
 import nettrim
 from nettrim.errors import NetTrimError, ProblemError, RunError, UnsupportedError
-from nettrim.network.calibrate import read_batches
-from nettrim.network.edit import double_copy, layer_arrays
+from nettrim.network.batches import read_batches
+from nettrim.network.edit import find_weight
 from nettrim.network.trace import trace
 from nettrim.pipeline import budget
+from nettrim.pipeline.account import Account
 from nettrim.pipeline.budget import Overall, allocate, shifted
 from nettrim.pipeline.scout import Scout
 
@@ -26,7 +27,8 @@ QUICK = nettrim.NetTrim(evidence=False)
 
 
 def scout_of(model, batches, **selection):
-    return Scout.of(double_copy(model), trace(model, **selection), read_batches(batches), 1000, 0)
+    read = read_batches(batches)
+    return Scout.of(Account.of(model, trace(model, read[0], **selection), read, None, 2**30), 1000, 0)
 
 
 class Watched:
@@ -40,8 +42,8 @@ class Watched:
             self.tried.append(dict(kept))
             return prune(scout, kept, metrics, growth)
 
-        def watched_measure(scout, model):
-            self.errors.append(measure(scout, model))
+        def watched_measure(scout, state):
+            self.errors.append(measure(scout, state))
             return self.errors[-1]
 
         monkeypatch.setattr(Scout, "prune", watched_prune)
@@ -161,10 +163,13 @@ def test_the_start_keeps_what_matters_most_by_one_threshold(network, batches, mo
     """``w² E[x²] G_mm`` over all layers: the counts of its largest entries, by a sort of its own."""
     scout, watched = scout_of(network, batches), Watched(monkeypatch)
     allocate(scout, 90, evaluations=2, progress=False)
+    reaching = {"0": torch.cat([x for x, _ in batches]).double()}
+    twin = copy.deepcopy(network).double().eval()
+    with torch.no_grad():
+        reaching |= {name: twin[: int(name)](reaching["0"]) for name in ("3", "5")}
     ranked = []
     for name in ("0", "3", "5"):
-        weight, _ = layer_arrays(scout.dense, name)
-        energy = scout.clean[name].inputs.square().mean(0)
+        weight, energy = find_weight(network, name).detach().double(), reaching[name].square().mean(0)
         cost = scout.metrics[name].diagonal()
         ranked += [
             (float(weight[m, n] ** 2 * energy[n] * cost[m]), name)

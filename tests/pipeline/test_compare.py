@@ -125,7 +125,8 @@ def test_what_it_is_about(network, batches, held_out):
     x, y = batches[0]
     others = [batches, [(x + 1e-6, y), *batches[1:]], [(x, (y + 1) % 5), *batches[1:]], batches[1:]]
     prints = [compare(network, other, ["magnitude"], [0.5], seed=7, **QUIET).about["data"] for other in others]
-    assert len({found["data"], *prints}) == 5
+    assert set(found["data"]) == {"calibration", "held-out"}
+    assert len({json.dumps(each) for each in (found["data"], *prints)}) == 5
 
 
 def test_without_labels_and_held_out_samples(network, batches):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import nettrim
 from nettrim import Distill, FineTune, Overall, Pattern
 from nettrim.errors import NetTrimError, ProblemError, UnknownNameError, UnsupportedError
-from nettrim.network.edit import find_linear
+from nettrim.network.edit import find_bias, find_weight
 from nettrim.network.finishing import Finished
 from nettrim.network.training import train
 from nettrim.pipeline import plan as planning
@@ -34,11 +34,11 @@ TUNE = FineTune(**SHORT, learning_rate=0.01)
 
 
 def zeros(model: nn.Module, name: str) -> int:
-    return int((find_linear(model, name).weight == 0).sum())
+    return int((find_weight(model, name) == 0).sum())
 
 
 def kept(model: nn.Module, name: str) -> int:
-    return find_linear(model, name).weight.numel() - zeros(model, name)
+    return find_weight(model, name).numel() - zeros(model, name)
 
 
 def counts(layers: list[Any]) -> dict[str, int]:
@@ -69,10 +69,11 @@ def require_agreement(result: Any, dense: nn.Module, batches: Any) -> None:
     changed = [layer for layer in result.final if layer.pruned]
     assert list(result.masks) == [layer.name for layer in changed] == [record.name for record in ledger.records]
     for layer, record in zip(changed, ledger.records, strict=True):
-        linear = find_linear(result.model, layer.name)
-        assert torch.equal(linear.weight, layer.weight)
-        assert layer.bias is None or torch.equal(linear.bias, layer.bias)
-        assert torch.equal(result.masks[layer.name], linear.weight != 0)
+        weight, bias = find_weight(result.model, layer.name), find_bias(result.model, layer.name)
+        assert torch.equal(weight, layer.weight)
+        assert (layer.bias is None) == (bias is None)
+        assert layer.bias is None or torch.equal(bias, layer.bias)
+        assert torch.equal(result.masks[layer.name], weight != 0)
         assert record.kept == int(result.masks[layer.name].sum())
         # nothing certifies these weights
         assert (record.gap, record.objective, record.promised, record.facts) == (None, None, None, {})
@@ -180,7 +181,7 @@ def test_in_all_layers_together_exactly_the_overall_count_stays(tmp_path, networ
     assert result.ledger.before.kept == min(size, round(headroom * total))
     for name in set(NAMES) - set(chosen):
         assert kept(result.model, name) == SIZES[name]
-        assert not torch.equal(find_linear(result.model, name).weight, find_linear(network, name).weight)
+        assert not torch.equal(find_weight(result.model, name), find_weight(network, name))
     assert [record.name for record in result.ledger.records] == NAMES
     assert [record.name for record in result.ledger.before.records] == chosen
     assert nettrim.verify(tmp_path / "run").failures == ()
@@ -269,6 +270,51 @@ def test_weights_that_were_zero_from_the_start_are_not_asked_for(tmp_path, netwo
     assert nettrim.verify(tmp_path / "run").failures == ()
 
 
+class Gated(nn.Module):
+    """Two inputs, one of them by keyword alone; what it returns branches and joins again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate = nn.Linear(12, 9), nn.Linear(12, 9)
+        self.out = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        return self.out(self.value(x).relu() * self.gate(x * mask).sigmoid())
+
+
+@pytest.mark.parametrize("finish", [FIXED, LAYER, GLOBAL], ids=["distill", "layer", "global"])
+def test_networks_of_several_inputs_are_trained_on(tmp_path, finish):
+    model, x = Gated(), torch.randn(60, 12)
+    batches = [{"x": x, "mask": (torch.rand(60, 12) > 0.3).float()}]
+    sparsity: Any = Overall(0.5) if finish is GLOBAL else 0.5
+    given = dict(method="magnitude", sparsity=sparsity, out_dir=tmp_path / "run", **QUIET)
+    result = nettrim.prune(model, batches, finish=finish, **given)
+    assert list(result.masks) == ["value", "gate", "out"]
+    assert sum(kept(result.model, name) for name in result.masks) == (2 * 108 + 36) / 2
+    with torch.no_grad():
+        before, after = (copy.deepcopy(m).double()(*(), **{k: v.double() for k, v in batches[0].items()})
+                         for m in (model, result.model))  # fmt: skip
+    assert result.ledger.measured == pytest.approx(float((after - before).norm()), rel=1e-9)
+    assert all(result.ledger.measured <= bound * (1 + 1e-9) for bound in result.ledger.bounds.values())
+    assert nettrim.verify(tmp_path / "run").failures == ()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("length", [1, 7])
+def test_sequences_are_trained_on(tmp_path, network, length, labelled):
+    """One row of them becomes (1, 7, 5): every position has scores and, with labels, a class."""
+    x, labels = torch.randn(20, length, 12), torch.randint(0, 5, (20, length))
+    batches = [(x, labels)] if labelled else [x]
+    result = nettrim.prune(
+        network, batches, "magnitude", sparsity=0.5, finish=TUNE if labelled else FIXED, out_dir=tmp_path / "run",
+        **QUIET,
+    )  # fmt: skip
+    require_agreement(result, network, [(x, labels)])
+    assert result.ledger.finish["samples"] == 20
+    assert ("calibration" in result.ledger.accuracy) == labelled
+    assert nettrim.verify(tmp_path / "run").failures == ()
+
+
 # what is left alone --------------------------------------------------------------------------------------------------
 
 
@@ -321,10 +367,10 @@ class Spy:
     def headroom(self) -> float:
         return self.inner.headroom
 
-    def run(self, model, teacher, inputs, labels, masks, targets, seed, progress) -> Finished:
-        given = dict(model=model, teacher=teacher, inputs=inputs, labels=labels, masks=masks, targets=targets)
-        self.seen.append(copy.deepcopy(given) | {"seed": seed, "progress": progress})
-        done = self.inner.run(model, teacher, inputs, labels, masks, targets, seed, progress)
+    def run(self, model, teacher, inputs, labels, masks, targets, seed, progress, traced) -> Finished:
+        given = dict(model=model, teacher=teacher, labels=labels, masks=masks, targets=targets)
+        self.seen.append(copy.deepcopy(given) | dict(inputs=inputs, seed=seed, progress=progress, traced=traced))
+        done = self.inner.run(model, teacher, inputs, labels, masks, targets, seed, progress, traced)
         with torch.no_grad():
             for parameter in teacher.parameters():
                 parameter.zero_()
@@ -349,14 +395,17 @@ def test_it_is_handed_the_calibration_samples_and_nothing_else(network, batches,
     given = batches if labelled else [x for x, _ in batches]
     result = nettrim.prune(network, given, "magnitude", kept=20, held_out=held_out, finish=spy, seed=5, **QUIET)
     (seen,) = spy.seen
-    assert torch.equal(seen["inputs"], torch.cat([x for x, _ in batches]))
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in seen["inputs"]]), torch.cat([x for x, _ in batches]))
+    assert seen["inputs"].rows == 60
+    assert list(seen["traced"].graph.names) == NAMES
+    assert torch.equal(seen["traced"].state["0.weight"], network[0].weight.double())
     assert torch.equal(seen["labels"], torch.cat([y for _, y in batches])) if labelled else seen["labels"] is None
     assert (seen["seed"], seen["progress"]) == (5, False)
     assert seen["targets"] == dict.fromkeys(NAMES, 20)
     assert same_weights(seen["teacher"], network)
     for layer in result.layers:
         assert torch.equal(seen["masks"][layer.name], layer.weight != 0)
-        assert torch.equal(find_linear(seen["model"], layer.name).weight, layer.weight)
+        assert torch.equal(find_weight(seen["model"], layer.name), layer.weight)
     assert {name: int(mask.sum()) for name, mask in seen["masks"].items()} == dict.fromkeys(NAMES, 40)
     require_agreement(result, network, batches)
     # the teacher is a copy too: its owner's network and the account are as they were
@@ -458,14 +507,12 @@ CHOICES_OF_NOTHING = {
 DATA = {
     "no labels": (on(X, finish="fine-tune"), ProblemError, "finish='fine-tune' needs labels in batches"),
     "float labels": (on((X, torch.rand(4)), finish=TUNE), ProblemError, "labels are torch.float32"),
-    "label rows": (on((X, torch.ones(4, 5).long()), finish=TUNE), ProblemError, "pass integer classes"),
+    "label rows": (on((X, torch.ones(4, 5).long()), finish=TUNE), ProblemError, r"pass labels of shape \(4,\)"),
     "no such class": (on((X, CLASSES), finish=TUNE), ProblemError, "labels lie in 0 ... 5"),
-    "two inputs": (on({"x": X, "mask": X}), UnsupportedError, "finish='distill' needs batches of one input tensor"),
-    "by keyword": (on({"input_ids": X}), UnsupportedError, "batches of one input tensor"),
-    "second batch": (on(X, {"x": X, "y": X}), UnsupportedError, "batches of one input tensor"),
-    "two shapes": (on(X, torch.ones(4, 1, 12)), UnsupportedError, "of one shape in batches"),
-    "sequences": (on(torch.ones(4, 7, 12)), UnsupportedError, r"batches becomes \(1, 7, 5\)"),
-    "sequences of one": (on(torch.ones(4, 1, 12)), UnsupportedError, r"batches becomes \(1, 1, 5\)"),
+    "two inputs": (on({"x": X, "mask": X}), ProblemError, "fails on batches.*keyword argument 'mask'"),
+    "by keyword": (on({"input_ids": X}), ProblemError, "fails on batches.*keyword argument 'input_ids'"),
+    "second batch": (on(X, {"x": X, "y": X}), ProblemError, "give all batches the same inputs"),
+    "two shapes": (on(X, torch.ones(4, 1, 12)), ProblemError, "give all samples one shape"),
     "one row": (on(X[:1], finish="distill"), ProblemError, "validation=0.1 of 1 rows"),
     "nearly all held": (at(finish=FineTune(validation=0.99)), ProblemError, "validation=0.99 of 60 rows"),
     "width": (on(torch.ones(4, 11)), ProblemError, "fails on batches"),
@@ -522,9 +569,9 @@ class Careless:
     choose: ClassVar[str] = "layer"
     headroom: ClassVar[float] = 2.0
 
-    def run(self, model, teacher, inputs, labels, masks, targets, seed, progress) -> Finished:
+    def run(self, model, teacher, inputs, labels, masks, targets, seed, progress, traced) -> Finished:
         if self.grows:
-            find_linear(model, "3").weight.data[~masks["3"]] = 0.5
+            find_weight(model, "3").data[~masks["3"]] = 0.5
         return Finished(dict(masks), (), (), 0, 0, 0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 import nettrim
 from nettrim import Distill, FineTune, Overall
 from nettrim.errors import RunError
+from nettrim.pipeline import files
 from nettrim.pipeline import plan as planning
-from nettrim.pipeline import store
 from nettrim.report.tables import ledger_table
 
 NAMES = ["0", "3", "5"]
@@ -105,9 +106,9 @@ def seal(path: Path) -> None:
     """Write digests that fit what stands there, as a forger would."""
     about = json.loads((path / "run.json").read_text())
     for name in about["files"]:
-        about["files"][name] = store.hashlib.sha256((path / name).read_bytes()).hexdigest()
+        about["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
     about.pop("digest")
-    (path / "run.json").write_text(json.dumps(about | {"digest": store.digest_json(about)}))
+    (path / "run.json").write_text(json.dumps(about | {"digest": files.digest_json(about)}))
 
 
 def change(path: Path, edit: Any) -> None:
@@ -117,9 +118,9 @@ def change(path: Path, edit: Any) -> None:
 
 
 def change_tensors(path: Path, edit: Any) -> None:
-    tensors, about = store.read_tensors(path)
+    tensors, about = files.read_tensors(path)
     edit(tensors)
-    path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    path.write_bytes(files.tensor_bytes(tensors, about))
 
 
 def test_a_finished_run_holds_and_is_read_back(run, stored, tmp_path):
@@ -151,8 +152,8 @@ def test_a_finished_run_holds_and_is_read_back(run, stored, tmp_path):
 
 
 def first_pruned(path: Path) -> str:
-    chain = json.loads((path / "run.json").read_text())["chain"]
-    return next(layer["name"] for layer in chain if layer["prune"])
+    layers = json.loads((path / "run.json").read_text())["layers"]
+    return next(layer["name"] for layer in layers if layer["prune"])
 
 
 def a_weight(path: Path) -> None:
@@ -168,7 +169,7 @@ def a_bias_of_the_last_layer(path: Path) -> None:
 
 
 def a_weight_that_was_pruned(path: Path) -> None:
-    pruned, _ = store.read_tensors(path / "layers" / f"{first_pruned(path)}.safetensors")
+    pruned, _ = files.read_tensors(path / "layers" / f"{first_pruned(path)}.safetensors")
 
     def edit(tensors: dict[str, Tensor]) -> None:
         where = (pruned["weight"].view(-1) == 0).nonzero()[0]
@@ -345,8 +346,8 @@ def test_a_run_stopped_while_finishing_goes_on_to_the_same_bits(stored, interrup
         ("global", {"finish": None}, "another finish:"),
         ("global", {"seed": 1}, "another seed:"),
         ("global", {"sparsity": Overall(0.6)}, "another overall:"),
-        ("global", {"layers": "all"}, "another chain:"),
-        ("global", {"layers": ["0"]}, "another chain:"),
+        ("global", {"layers": "all"}, "another layers:"),
+        ("global", {"layers": ["0"]}, "another layers:"),
         ("global", {"method": "l-obs"}, "another method, method_settings:"),
         ("global", {"held_out": None}, "another data:"),
         ("global", {"sparsity": 0.7}, "another amount, overall, targets"),

@@ -168,7 +168,24 @@ REFUSALS = {
     "held-out nan": ({"epsilon": 0.1, "held_out": NAN}, ProblemError, "held_out"),
     "resume nowhere": ({"epsilon": 0.1, "resume": True}, ProblemError, "out_dir"),
     "executor": ({"epsilon": 0.1, "executor": 0}, ProblemError, "executor=0"),
-}
+    "token ids": ({"epsilon": 0.1, "batches": [torch.zeros(3, 12).long()]}, ProblemError, r"fails on batches\[0\]"),
+    "two shapes": (
+        {"epsilon": 0.1, "batches": [torch.zeros(3, 12), torch.zeros(3, 1, 12)]}, ProblemError, "all samples one shape"
+    ),
+    "held-out shape": ({"epsilon": 0.1, "held_out": [torch.zeros(3, 11)]}, ProblemError, r"\(3, 11\)"),
+    "rows": ({"epsilon": 0.1, "rows": 15}, ProblemError, "rows=15"),
+    "rows, no number": ({"epsilon": 0.1, "rows": "all"}, ProblemError, "rows='all'"),
+    "memory limit": ({"epsilon": 0.1, "memory_limit": "much"}, ProblemError, "memory_limit='much'"),
+    "memory too small": ({"epsilon": 0.1, "memory_limit": 1000}, ProblemError, "memory_limit=1000"),
+    "on_unsupported": ({"epsilon": 0.1, "on_unsupported": "skip"}, UnknownNameError, "on_unsupported='skip'"),
+    "form": ({"epsilon": 0.1, "forms": {"0": "round"}}, UnknownNameError, "'round' for layer '0'"),
+    "form of no layer": ({"epsilon": 0.1, "forms": {"x": "ball"}}, UnknownNameError, "forms names x"),
+    "form without a ReLU": ({"epsilon": 0.1, "forms": {"5": "ball"}}, UnsupportedError, "flows into no ReLU"),
+    "form of no program": (
+        {"sparsity": 0.5, "method": "magnitude", "forms": {"0": "ball"}}, UnsupportedError, "no convex program"
+    ),
+    "class": ({"epsilon": 0.1, "layers": nn.Conv2d}, UnknownNameError, "Conv2d"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "error", "text"), REFUSALS.values(), ids=REFUSALS)
@@ -183,16 +200,57 @@ def test_refused_before_any_work(network, batches, monkeypatch, arguments, error
     assert isinstance(caught.value, NetTrimError)
 
 
+def unlike(outputs=5):
+    """A network with a weight that cannot be pruned in the middle of it."""
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.Unflatten(1, (1, 16)), nn.ConvTranspose1d(1, 1, 3), nn.Flatten(), nn.Linear(18, outputs)
+    )
+
+
 def test_a_layer_that_cannot_be_handled_is_named(batches):
-    model = nn.Sequential(nn.Linear(12, 4), nn.Sigmoid(), nn.Linear(4, 2))
-    with pytest.raises(UnsupportedError, match="Sigmoid"):
-        nettrim.prune(model, batches, epsilon=0.1, progress=False)
+    with pytest.raises(UnsupportedError, match=r"layer '2' is used by conv_transpose1d, .*on_unsupported=\"keep\""):
+        nettrim.prune(unlike(), batches, epsilon=0.1, progress=False)
 
 
-def test_a_reshape_between_layers_is_refused():
+@pytest.mark.parametrize("how", [{"on_unsupported": "keep"}, {"ignore": ["2"]}], ids=["keep", "ignore"])
+def test_a_layer_that_cannot_be_handled_is_left_dense(batches, how):
+    model = unlike()
+    result = nettrim.prune(model, batches, epsilon=0.1, progress=False, **how)
+    assert torch.equal(result.model[2].weight, model[2].weight)
+    assert [record.name for record in result.ledger.records] == ["0", "4"]
+    assert list(result.ledger.unsupported) == ["2"]
+    assert result.ledger.measured <= result.ledger.bound
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "cascade"])
+@pytest.mark.parametrize("between", [nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(), nn.Hardtanh()], ids=str)
+def test_what_lies_between_layers_may_be_any_function(batches, between, schedule):
+    """The targets of a layer without a ReLU are its outputs themselves; its bound goes through the slope behind it."""
+    model = nn.Sequential(nn.Linear(12, 6), between, nn.Linear(6, 4))
+    result = nettrim.prune(model, batches, epsilon=0.1, schedule=schedule, progress=False)
+    y, y_hat = outputs(model, batches).double(), outputs(result.model, batches).double()
+    first, last = result.ledger.records
+    assert first.measured <= first.promised * (1 + 1e-9)
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in batches])
+        own = float((result.model[0](x) - model[0](x)).norm())
+    assert first.measured == pytest.approx(own, rel=1e-4)
+    assert result.ledger.measured == pytest.approx(float((y_hat - y).norm()), rel=1e-4)
+    assert all(result.ledger.measured <= bound * (1 + 1e-9) for bound in result.ledger.bounds.values())
+    assert {"operator", "l-obs"} <= set(last.bounds)
+
+
+def test_a_reshape_between_layers_is_followed():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
-    with pytest.raises(UnsupportedError, match="reshape"):
-        nettrim.prune(model, [torch.randn(5, 3, 4)], epsilon=0.1, progress=False)
+    x = torch.randn(40, 3, 4)
+    result = nettrim.prune(model, [x], epsilon=0.1, progress=False)
+    first, last = result.ledger.records
+    assert (first.total_rows, last.total_rows) == (120, 40)
+    with torch.no_grad():
+        error, own = ((result.model[:k](x) - model[:k](x)).norm() for k in (4, 2))
+    assert result.ledger.measured == pytest.approx(float(error), rel=1e-4)
+    assert first.measured == pytest.approx(float(own), rel=1e-4)
+    assert result.ledger.measured <= last.promised * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +286,74 @@ def test_accuracy_is_of_the_outputs_also_after_a_last_relu():
 def test_a_seed_that_is_none_is_refused(network, batches, seed):
     with pytest.raises(ProblemError, match="seed"):
         nettrim.prune(network, batches, epsilon=0.1, seed=seed, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"), [(nn.Linear, ["0", "3", "5"]), ("Linear", ["0", "3", "5"]), ("[03]", ["0", "3"])]
+)
+def test_layers_are_selected_by_class_or_pattern(network, batches, layers, names):
+    result = nettrim.prune(network, batches, "magnitude", sparsity=0.5, layers=layers, progress=False)
+    assert list(result.masks) == names
+
+
+def test_the_form_of_a_single_layer(network, batches):
+    ledger = nettrim.prune(network, batches, epsilon=0.2, forms={"3": "halfspace"}, progress=False).ledger
+    assert [record.facts["form"] for record in ledger.records] == ["ball", "halfspace", "linear"]
+    assert ledger.measured <= ledger.bound
+
+
+def test_a_program_of_a_sample_of_the_rows_promises_nothing_about_the_others(network, batches):
+    result = nettrim.prune(network, batches, epsilon=0.2, rows=20, progress=False)
+    first = result.ledger.records[0]
+    assert (first.rows, first.total_rows) == (20, 60)
+    assert not {"paper", "cascade", "cascade product"} & set(first.bounds)
+    assert all(record.network_error <= bound * (1 + 1e-9) for record in result.ledger.records
+               for bound in record.bounds.values())  # fmt: skip
+    again, other = (
+        nettrim.prune(network, batches, epsilon=0.2, rows=20, seed=seed, progress=False).model for seed in (0, 1)
+    )
+    assert torch.equal(again[0].weight, result.model[0].weight)
+    assert not torch.equal(other[0].weight, result.model[0].weight)
+
+
+class Residual(nn.Module):
+    """A convolution with a batch norm, a grouped one beside a skip connection, two branches that are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.two = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.norm(self.one(x)).relu()
+        x = (x + self.two(x)).relu().mean((2, 3))
+        return self.head(torch.cat([self.left(x).relu(), self.right(x).tanh()], 1))
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "cascade"])
+@pytest.mark.parametrize(
+    ("method", "amount"),
+    [("net-trim", {"epsilon": 0.2}), ("l-obs", {"sparsity": 0.5}), ("magnitude", {"sparsity": 0.5})],
+)
+def test_branches_and_convolutions_are_pruned_and_accounted_for(method, amount, schedule):
+    torch.manual_seed(1)
+    model, x = Residual(), torch.randn(60, 2, 6, 6)
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2.0)
+    result = nettrim.prune(model, [x[:25], x[25:]], method, **amount, schedule=schedule, progress=False)
+    assert [record.name for record in result.ledger.records] == ["one", "two", "left", "right", "head"]
+    dense, pruned = (copy.deepcopy(m).double().eval() for m in (model, result.model))
+    with torch.no_grad():
+        y, y_hat = dense(x.double()), pruned(x.double())
+    assert result.ledger.measured == pytest.approx(float((y_hat - y).norm()), rel=1e-6)
+    assert all(result.ledger.measured <= bound * (1 + 1e-9) for bound in result.ledger.bounds.values())
+    for record in result.ledger.records:
+        weight = result.model.get_submodule(record.name).weight
+        assert result.masks[record.name].shape == weight.shape
+        assert torch.equal(result.masks[record.name], weight != 0)
+        assert record.kept == int((weight != 0).sum()) < record.numel
+        assert all(record.network_error <= bound * (1 + 1e-9) for bound in record.bounds.values())
+        assert record.promised is None or record.measured <= record.promised * (1 + 1e-9)

@@ -1,6 +1,7 @@
 """Run directories: written whole, read back, resumed, and every tampering found."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import nn
 
 import nettrim
 from nettrim.errors import RunError
-from nettrim.pipeline import store
+from nettrim.network.modular import ProgramModule
+from nettrim.pipeline import files
 
 AMOUNT = {"epsilon": 0.1, "progress": False}
 
@@ -84,27 +86,27 @@ def test_one_changed_number_in_the_ledger_is_named(run, number):
 def test_a_changed_number_is_found_without_the_digests(run, monkeypatch):
     """Whoever mends the digests as well is still found out by the figures."""
     layer = run / "layers" / "0.safetensors"
-    tensors, about = store.read_tensors(layer)
+    tensors, about = files.read_tensors(layer)
     tensors["weight"][tensors["weight"] != 0] *= 1.01
-    layer.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    layer.write_bytes(files.tensor_bytes(tensors, about))
     run_json = json.loads((run / "run.json").read_text())
-    run_json["files"]["layers/0.safetensors"] = store.hashlib.sha256(layer.read_bytes()).hexdigest()
+    run_json["files"]["layers/0.safetensors"] = hashlib.sha256(layer.read_bytes()).hexdigest()
     run_json.pop("digest")
-    (run / "run.json").write_text(json.dumps(run_json | {"digest": store.digest_json(run_json)}))
+    (run / "run.json").write_text(json.dumps(run_json | {"digest": files.digest_json(run_json)}))
     found = failures(run)
     assert "SHA-256" not in found
     assert "objective is stored as" in found
-    assert "model.safetensors: 0.weight is not the one" in found
+    assert "model.safetensors: weight of 0 is not the one" in found
 
 
-@pytest.mark.parametrize("file", ["model", "masks", "layers/3", "samples/calibration", "samples/held-out"])
+@pytest.mark.parametrize("file", ["model", "masks", "network", "layers/3", "samples/calibration", "samples/held-out"])
 def test_one_changed_entry_in_a_tensor_file_is_named(run, file):
     path = run / f"{file}.safetensors"
-    tensors, about = store.read_tensors(path)
+    tensors, about = files.read_tensors(path)
     key = sorted(tensors)[0]
     flat = tensors[key].reshape(-1)
     flat[0] = ~flat[0] if flat.dtype == torch.bool else flat[0] + 1
-    path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    path.write_bytes(files.tensor_bytes(tensors, about))
     assert f"{file}.safetensors: it is not the file that the run wrote" in failures(run)
 
 
@@ -113,7 +115,10 @@ def test_a_changed_setting_is_found(run):
     assert "run.json: its own digest does not hold" in failures(run)
 
 
-@pytest.mark.parametrize("file", ["run.json", "ledger.json", "model.safetensors", "layers/0.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    ["run.json", "ledger.json", "network.json", "network.safetensors", "model.safetensors", "layers/0.safetensors"],
+)
 def test_a_truncated_file_cannot_be_read(run, file):
     path = run / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -121,14 +126,18 @@ def test_a_truncated_file_cannot_be_read(run, file):
         nettrim.verify(run)
 
 
-@pytest.mark.parametrize("file", ["run.json", "layers/3.safetensors", "samples/calibration.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["run.json", "network.json", "layers/3.safetensors", "samples/calibration.safetensors"]
+)
 def test_a_foreign_file_cannot_be_read(run, file):
     (run / file).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
     with pytest.raises(RunError, match=Path(file).name):
         nettrim.verify(run)
 
 
-@pytest.mark.parametrize("file", ["ledger.json", "layers/3.safetensors", "run.json"])
+@pytest.mark.parametrize(
+    "file", ["ledger.json", "layers/3.safetensors", "run.json", "network.json", "network.safetensors"]
+)
 def test_a_missing_file_cannot_be_read(run, file):
     (run / file).unlink()
     with pytest.raises(RunError, match=Path(file).name):
@@ -158,8 +167,10 @@ def test_what_is_saved_is_what_was_returned(tmp_path, network, batches, held_out
     assert nettrim.verify(tmp_path / "saved").holds
     back = nettrim.load_result(tmp_path / "saved")
     assert back.ledger.as_dict() == json.loads(json.dumps(result.ledger.as_dict()))
-    x = batches[0][0]
-    torch.testing.assert_close(back.model(x), result.model(x))
+    # no class is stored: the steps of the forward are, and they compute the same
+    assert isinstance(back.model, ProgramModule)
+    for x, _ in [*batches, *held_out]:
+        torch.testing.assert_close(back.model(x), result.model(x))
     named = nettrim.load_result(tmp_path / "saved", network)
     for key, tensor in result.model.state_dict().items():
         assert torch.equal(named.model.state_dict()[key], tensor)
@@ -212,10 +223,10 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     def full(_descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    store.write_atomically(tmp_path / "a.json", b"before")
-    monkeypatch.setattr(store.os, "fsync", full)
+    files.write_atomically(tmp_path / "a.json", b"before")
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
-        store.write_atomically(tmp_path / "a.json", b"after")
+        files.write_atomically(tmp_path / "a.json", b"after")
     assert (tmp_path / "a.json").read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -236,9 +247,9 @@ def seal(path):
     """Write digests that fit what stands there, as a forger would."""
     run_json = json.loads((path / "run.json").read_text())
     for name in run_json["files"]:
-        run_json["files"][name] = store.hashlib.sha256((path / name).read_bytes()).hexdigest()
+        run_json["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
     run_json.pop("digest")
-    (path / "run.json").write_text(json.dumps(run_json | {"digest": store.digest_json(run_json)}))
+    (path / "run.json").write_text(json.dumps(run_json | {"digest": files.digest_json(run_json)}))
 
 
 def test_a_sealed_promise_that_does_not_follow_from_the_data_is_found(run):
@@ -256,9 +267,9 @@ def test_a_sealed_promise_that_does_not_follow_from_the_data_is_found(run):
 
 def test_sealed_settings_of_a_layer_are_held_against_the_run(run):
     path = run / "layers" / "0.safetensors"
-    tensors, about = store.read_tensors(path)
+    tensors, about = files.read_tensors(path)
     about["facts"]["epsilon"] = 0.5
-    path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    path.write_bytes(files.tensor_bytes(tensors, about))
     seal(run)
     assert "layers/0.safetensors: it was solved for epsilon=0.5, and run.json asked for 0.1" in failures(run)
 
@@ -266,9 +277,9 @@ def test_sealed_settings_of_a_layer_are_held_against_the_run(run):
 def test_sealed_zero_weights_do_not_pass_as_solved(run):
     for name in ("0", "3", "5"):
         path = run / "layers" / f"{name}.safetensors"
-        tensors, about = store.read_tensors(path)
+        tensors, about = files.read_tensors(path)
         tensors["weight"].zero_()
-        path.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+        path.write_bytes(files.tensor_bytes(tensors, about))
     seal(run)
     found = failures(run)
     assert "status is stored as 'SOLVED', and recomputed as 'NOT_FEASIBLE'" in found
@@ -310,9 +321,9 @@ def test_a_damaged_layer_is_solved_again(tmp_path, network, batches):
     path = tmp_path / "run"
     whole = nettrim.prune(network, batches, out_dir=path, **AMOUNT)
     layer = path / "layers" / "0.safetensors"
-    tensors, about = store.read_tensors(layer)
+    tensors, about = files.read_tensors(layer)
     tensors["weight"] *= 2
-    layer.write_bytes(store.to_bytes(tensors, {"about": json.dumps(about)}))
+    layer.write_bytes(files.tensor_bytes(tensors, about))
     again = nettrim.prune(network, batches, out_dir=path, resume=True, **AMOUNT)
     for key, tensor in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[key], tensor)
@@ -353,8 +364,172 @@ def test_a_file_is_no_directory(tmp_path, network, batches):
             nettrim.prune(network, batches, out_dir=tmp_path / "run", resume=resume, **AMOUNT)
 
 
-@pytest.mark.parametrize("edit", [{"files": 3}, {"chain": [1]}, {"amount": {}}])
+@pytest.mark.parametrize("edit", [{"files": 3}, {"layers": [1]}, {"amount": {}}])
 def test_json_of_another_shape_is_refused(run, edit):
     change(run / "run.json", lambda v: v.update(edit))
     with pytest.raises(RunError, match="run"):
         nettrim.verify(run)
+
+
+# ---- what a directory holds, and networks that are no chains
+
+
+class Residual(nn.Module):
+    """Convolutions with a batch norm and groups, a skip connection, and a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.two = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4 * 36, 5)
+        self.register_buffer("shift", torch.linspace(-1, 1, 4)[:, None, None], persistent=False)
+
+    def forward(self, x):
+        x = self.norm(self.one(x)).relu()
+        return self.head((x + self.two(x + self.shift).relu()).flatten(1))
+
+
+@pytest.fixture
+def residual():
+    torch.manual_seed(3)
+    model = Residual()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2.0)
+        model.norm.weight.uniform_(0.5, 2.0)
+        model.norm.bias.normal_()
+    images = torch.randn(50, 2, 6, 6)
+    return model, [images[:20], images[20:40]], [images[40:]]
+
+
+def test_what_lies_in_a_run_directory(run):
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    layers = {f"layers/{name}.safetensors" for name in ("0", "3", "5")}
+    samples = {"samples/calibration.safetensors", "samples/held-out.safetensors"}
+    others = {
+        "run.json",
+        "ledger.json",
+        "network.json",
+        "network.safetensors",
+        "model.safetensors",
+        "masks.safetensors",
+    }
+    assert found == layers | samples | others
+    about = json.loads((run / "run.json").read_text())
+    assert about["schema"] == 3
+    assert set(about["files"]) == found - {"run.json"}
+    assert [layer["name"] for layer in about["layers"]] == ["0", "3", "5"]
+    assert "chain" not in about
+    assert about["not_stored"] == {}
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "cascade"])
+@pytest.mark.parametrize("method", ["net-trim", "magnitude"])
+def test_networks_of_branches_and_convolutions_are_stored_and_hold(tmp_path, residual, method, schedule):
+    model, batches, held_out = residual
+    amount = {"epsilon": 0.2} if method == "net-trim" else {"sparsity": 0.6}
+    given = dict(amount, schedule=schedule, held_out=held_out, out_dir=tmp_path / "run", progress=False)
+    result = nettrim.prune(model, batches, method, **given)
+    assert failures(tmp_path / "run") == ""
+    plain, named = nettrim.load_result(tmp_path / "run"), nettrim.load_result(tmp_path / "run", model)
+    assert isinstance(plain.model, ProgramModule)
+    assert isinstance(named.model, Residual)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        wanted = result.model(x)
+        torch.testing.assert_close(plain.model(x), wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(named.model(x), wanted)
+        assert plain.model(x[:3]).shape == (3, 5)
+    again = nettrim.prune(model, batches, method, **given, resume=True)
+    assert all(torch.equal(again.model.state_dict()[k], v) for k, v in result.model.state_dict().items())
+    for i, each in enumerate((plain, named)):
+        each.save(tmp_path / f"again {i}")
+        assert failures(tmp_path / f"again {i}") == ""
+        last = nettrim.load_result(tmp_path / f"again {i}", model).model
+        assert all(torch.equal(last.state_dict()[k], v) for k, v in result.model.state_dict().items())
+
+
+def edit_network(path, edit):
+    tensors, about = files.read_tensors(path / "network.safetensors")
+    edit(tensors)
+    (path / "network.safetensors").write_bytes(files.tensor_bytes(tensors, about or None))
+    seal(path)
+
+
+FORGED = {
+    "a dense weight": lambda p: edit_network(p, lambda t: t["head.weight"].mul_(1.01)),
+    "a variance": lambda p: edit_network(p, lambda t: t["norm.running_var"].mul_(1.01)),
+    "a step": lambda p: (
+        change(p / "network.json", lambda v: swap_step(v, "torch.Tensor.relu", "torch.Tensor.tanh")), seal(p)
+    ),
+    "the pruned batch norm": lambda p: forged_model(p, "norm.bias", 0.01),
+    "the pruned weight": lambda p: forged_model(p, "two.weight", 0.01),
+}  # fmt: skip
+
+
+def swap_step(network, old, new):
+    step = next(step for step in network["program"]["steps"] if step["target"] == old)
+    step["target"] = new
+
+
+def forged_model(path, name, by):
+    tensors, about = files.read_tensors(path / "model.safetensors")
+    tensors[name] += by
+    (path / "model.safetensors").write_bytes(files.tensor_bytes(tensors, about or None))
+    seal(path)
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_sealed_change_of_the_network_is_found_by_its_figures(tmp_path, residual, forge):
+    model, batches, held_out = residual
+    nettrim.prune(model, batches, held_out=held_out, out_dir=tmp_path / "run", **AMOUNT)
+    forge(tmp_path / "run")
+    found = failures(tmp_path / "run")
+    assert "SHA-256" not in found
+    assert "is stored as" in found or "is not the one in layers/" in found
+
+
+@pytest.mark.parametrize("name", ["one.weight", "two.bias", "norm.weight", "norm.running_var"])
+def test_an_entry_missing_in_the_model_is_said(tmp_path, residual, name):
+    model, batches, _ = residual
+    nettrim.prune(model, batches, out_dir=tmp_path / "run", **AMOUNT)
+    tensors, about = files.read_tensors(tmp_path / "run" / "model.safetensors")
+    del tensors[name]
+    (tmp_path / "run" / "model.safetensors").write_bytes(files.tensor_bytes(tensors, about or None))
+    seal(tmp_path / "run")
+    assert f"the stored layers do not fit together: 'model.safetensors has no {name}'" in failures(tmp_path / "run")
+    for given in ((), (model,)):
+        with pytest.raises(RunError, match=name.replace(".", r"\.")):
+            nettrim.load_result(tmp_path / "run", *given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"rows": 64}, "rows"), ({"memory_limit": "1 GiB"}, "memory_limit"), ({"forms": {"two": "linear"}}, "forms")],
+    ids=["rows", "memory limit", "forms"],
+)
+def test_other_rows_limits_or_forms_are_another_run(tmp_path, residual, changed, said):
+    model, batches, _ = residual
+    nettrim.prune(model, batches, out_dir=tmp_path / "run", **AMOUNT)
+    with pytest.raises(RunError, match=f"another {said}"):
+        nettrim.prune(model, batches, out_dir=tmp_path / "run", resume=True, **AMOUNT, **changed)
+
+
+def test_samples_beyond_the_memory_limit_are_not_stored_and_that_is_said(tmp_path, network):
+    x = torch.randn(110_000, 12)
+    given = dict(method="magnitude", sparsity=0.5, out_dir=tmp_path / "run", memory_limit=2**24, progress=False)
+    result = nettrim.prune(network, (part for part in x.split(10_000)), **given)
+    assert not (tmp_path / "run" / "samples" / "calibration.safetensors").exists()
+    found = nettrim.verify(tmp_path / "run")
+    assert found.holds
+    assert found.state.startswith("finished, and only its files and amounts could be checked")
+    assert "the calibration samples are 5 MiB, more than is held in memory" in found.state
+    with pytest.raises(RunError, match="pass model, a module of its class"):
+        nettrim.load_result(tmp_path / "run")
+    back = nettrim.load_result(tmp_path / "run", network)
+    assert torch.equal(back.model[0].weight, result.model[0].weight)
+    with pytest.raises(RunError, match="copy its directory"):
+        back.save(tmp_path / "second")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
+    assert not nettrim.verify(tmp_path / "run").holds

@@ -1,9 +1,13 @@
-"""Net-Trim on LeNet-300-100 and MNIST: three radii, both schedules, each by the command that a user types.
+"""Net-Trim on a trained network: three radii, both schedules, each by the command that a user types.
 
-    python -m benchmarks.model.lenet_table --out runs/lenet
+    python -m benchmarks.model.net_trim_table --out runs/lenet
+    python -m benchmarks.model.train_nets --net lenet5 --data mnist:DIR --out lenet5.safetensors
+    python -m benchmarks.model.net_trim_table --net lenet5 --weights lenet5.safetensors --out runs/lenet5
+    python -m benchmarks.model.train_nets --net resnet8 --data cifar10:DIR --out resnet8.safetensors
+    python -m benchmarks.model.net_trim_table --net resnet8 --weights resnet8.safetensors --samples 1000 --out runs/res
 
 runs ``nettrim prune`` and ``nettrim verify`` in a process of their own for every row, so that peak memory is
-the command's, and writes ``benchmarks/results/lenet_300_100_net_trim.json`` and a table. The data are read from
+the command's, and writes ``benchmarks/results/NET_net_trim.json`` and a table. The data are read from
 ``$NETTRIM_DATA`` (by default ``../shared/data``, beside the checkout).
 """
 
@@ -25,35 +29,48 @@ from tqdm import tqdm
 from benchmarks.model.lenet import DATA
 from nettrim.report.tables import text_table
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "lenet_300_100_net_trim.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+#: the networks: their factory, and their data
+NETS = {
+    "lenet_300_100": ("benchmarks.model.lenet:lenet_300_100", f"mnist:{DATA / 'mnist'}"),
+    "lenet5": ("benchmarks.model.nets:lenet5", f"mnist:{DATA / 'mnist'}"),
+    "resnet8": ("benchmarks.model.nets:resnet_cifar", f"cifar10:{DATA / 'cifar10'}"),
+}
+_FEW = 4  # layers that are shown one by one
 
 
 def main() -> None:
     """Run every row, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=NETS, default="lenet_300_100")
+    parser.add_argument("--weights", help="of a network that train_nets trained")
     parser.add_argument("--out", required=True, help="where the run directories go")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     options = parser.parse_args()
     rows = [(epsilon, schedule) for epsilon in options.epsilons for schedule in ("parallel", "cascade")]
+    model, data = NETS[options.net]
+    network = ["--model", model, "--data", data, *(["--weights", options.weights] if options.weights else [])]
     found = [
-        run(epsilon, schedule, options.samples, Path(options.out)) for epsilon, schedule in tqdm(rows, disable=None)
+        run(network, epsilon, schedule, options.samples, Path(options.out))
+        for epsilon, schedule in tqdm(rows, disable=None)
     ]
     print(table(found))
     result = {
-        "command": f"python -m benchmarks.model.lenet_table --out DIR --samples {options.samples}",
+        "command": f"python -m benchmarks.model.net_trim_table --net {options.net} --out DIR "
+        f"--samples {options.samples} --epsilons {' '.join(map(str, options.epsilons))}",
         "commit": git("describe", "--always", "--dirty"),
         "host": {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__},
         "rows": found,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{options.net}_net_trim.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run(epsilon: float, schedule: str, samples: int, out: Path) -> dict[str, Any]:
+def run(network: list[str], epsilon: float, schedule: str, samples: int, out: Path) -> dict[str, Any]:
     """Prune and verify one row."""
     directory = out / f"{schedule}-{epsilon:g}"
     prune = [
-        *("prune", "--model", "benchmarks.model.lenet:lenet_300_100", "--data", f"mnist:{DATA / 'mnist'}"),
+        *("prune", *network),
         *("--samples", str(samples), "--epsilon", str(epsilon), "--schedule", schedule, "--out", str(directory)),
     ]
     ledger, seconds, memory = command([*prune, "--json"])
@@ -62,6 +79,8 @@ def run(epsilon: float, schedule: str, samples: int, out: Path) -> dict[str, Any
         "name",
         "kept",
         "numel",
+        "rows",
+        "total_rows",
         "gap",
         "violation",
         "promised",
@@ -101,8 +120,10 @@ def command(arguments: list[str]) -> tuple[dict[str, Any], float, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
-    head = ("schedule", "epsilon", "fc1 %", "fc2 %", "fc3 %", "all %", "max gap", "violation", "measured", "cascade",
-            "telescoped", "operator", "l-obs", "paper", "held-out", "test acc %", "s", "MiB", "verified")  # fmt: skip
+    names = [layer["name"] for layer in rows[0]["layers"]]
+    shown = names if len(names) <= _FEW else []
+    head = ("schedule", "epsilon", *(f"{name} %" for name in shown), "all %", "max gap", "violation", "measured",
+            "cascade", "telescoped", "operator", "l-obs", "paper", "held-out", "test acc %", "s", "MiB", "verified")  # fmt: skip
     body = []
     for row in rows:
         layers, bounds = row["layers"], row["bounds"]
@@ -110,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             (
                 row["schedule"],
                 f"{row['epsilon']:g}",
-                *(f"{100 * layer['kept'] / layer['numel']:.2f}" for layer in layers),
+                *(f"{100 * layer['kept'] / layer['numel']:.2f}" for layer in layers if layer["name"] in shown),
                 f"{100 * row['kept'] / row['numel']:.2f}",
                 f"{max(layer['gap'] for layer in layers):.1e}",
                 f"{max(layer['violation'] for layer in layers):.0e}",
