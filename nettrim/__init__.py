@@ -30,8 +30,8 @@ from nettrim.network.finishing import Distill, FineTune
 from nettrim.network.reestimate import Reestimate
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.compare import compare
-from nettrim.pipeline.ledger import LayerRecord, Ledger
 from nettrim.pipeline.prune import prune
+from nettrim.pipeline.records import LayerRecord, Ledger
 from nettrim.pipeline.result import PruneResult, load_result
 from nettrim.pipeline.rows import Comparison, Row, load_comparison
 from nettrim.pipeline.verify import Verification, verify
@@ -66,8 +66,8 @@ __all__ = [
     "Pattern",
     "ProblemError",
     "PruneResult",
-    "Reestimate",
     "Radius",
+    "Reestimate",
     "Refined",
     "Row",
     "RunError",

@@ -32,8 +32,8 @@ from nettrim.errors import DataError, NetTrimError, ProblemError
 from nettrim.loading import load_model, read_arrays
 from nettrim.methods import METHODS, Method, NetTrim
 from nettrim.pipeline.files import write_atomically
-from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.prune import prune
+from nettrim.pipeline.records import Ledger
 from nettrim.pipeline.schedule import SCHEDULES
 from nettrim.pipeline.verify import verify
 from nettrim.report.tables import ledger_table, solution_table

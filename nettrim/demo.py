@@ -15,8 +15,8 @@ from nettrim.core.problem import check_amount, check_seed
 from nettrim.data import load
 from nettrim.errors import MissingExtraError, RunError
 from nettrim.network.training import train
-from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.prune import prune
+from nettrim.pipeline.records import Ledger
 from nettrim.pipeline.schedule import SCHEDULES
 from nettrim.report.plots import plot_ledgers
 

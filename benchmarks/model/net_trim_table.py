@@ -122,11 +122,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
     names = [layer["name"] for layer in rows[0]["layers"]]
     shown = names if len(names) <= _FEW else []
-    head = ("schedule", "epsilon", *(f"{name} %" for name in shown), "all %", "max gap", "violation", "measured",
-            "cascade", "telescoped", "operator", "l-obs", "paper", "held-out", "test acc %", "s", "MiB", "verified")  # fmt: skip
+    shares = [f"{name} %" for name in shown]
+    bounds = ("cascade", "telescoped", "operator", "l-obs", "paper")
+    head = ("schedule", "epsilon", *shares, "all %", "max gap", "violation", "measured", *bounds)
+    head += ("held-out", "test acc %", "s", "MiB", "verified")
     body = []
     for row in rows:
-        layers, bounds = row["layers"], row["bounds"]
+        layers = row["layers"]
         body.append(
             (
                 row["schedule"],
@@ -136,10 +138,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{max(layer['gap'] for layer in layers):.1e}",
                 f"{max(layer['violation'] for layer in layers):.0e}",
                 f"{row['measured']:.4f}",
-                *(
-                    f"{bounds[name]:.4g}" if name in bounds else "–"
-                    for name in ("cascade", "telescoped", "operator", "l-obs", "paper")
-                ),
+                *(f"{row['bounds'][name]:.4g}" if name in row["bounds"] else "–" for name in bounds),
                 f"{row['held_out']:.4f}",
                 f"{100 * row['accuracy']['held-out']['pruned']:.2f}",
                 f"{row['seconds']:.0f}",

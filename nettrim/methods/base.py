@@ -101,7 +101,7 @@ class LayerTask:
 
     @property
     def kept(self) -> int:
-        """How many weights are to stay; biases are not counted.
+        """How many weights are to stay; biases are not counted. 0 of a group of a convolution that keeps nothing.
 
         Raises
         ------

@@ -15,11 +15,13 @@ from nettrim.network.calibrate import samples_at_a_time
 from nettrim.network.edit import double_copy, raw_state
 from nettrim.network.fold import Fold, fold_state, unfold
 from nettrim.network.observe import agree
+from nettrim.network.samples import pieces
 from nettrim.network.trace import LayerGraph, LayerSpec, Traced
 from nettrim.pipeline.collect import Collected, Wanted, collect
-from nettrim.pipeline.ledger import LayerEvidence, Ledger, build_ledger
+from nettrim.pipeline.ledger import build_ledger
 from nettrim.pipeline.measure import Measured, measure
 from nettrim.pipeline.proof import Proof
+from nettrim.pipeline.records import LayerEvidence, Ledger
 
 State = dict[str, Tensor]
 
@@ -57,9 +59,13 @@ class Account:
             if split is None:
                 continue
             # a path that hangs on values is checked on all of them, any other where it cannot differ further
-            for index, batch in enumerate(split.chunks(account.at_a_time)):
-                if index == 0 or traced.graph.program.reads_values:
-                    agree(traced.graph.program, account.dense, traced.double, batch, index)
+            for index, batch in enumerate(split):
+                for piece in pieces(batch, account.at_a_time):
+                    agree(traced.graph.program, account.dense, traced.double, piece, index)
+                    if not traced.graph.program.reads_values:
+                        break
+                if not traced.graph.program.reads_values:
+                    break
         return account
 
     @cached_property

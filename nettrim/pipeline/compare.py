@@ -27,10 +27,10 @@ from nettrim.network.observe import call
 from nettrim.network.trace import LayerGraph
 from nettrim.pipeline.files import describe_place, digest_tensors
 from nettrim.pipeline.finish import FINISHES, check_batches, make_finish
-from nettrim.pipeline.ledger import Ledger
 from nettrim.pipeline.memory import PeakMemory, check_bytes
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.prune import prune
+from nettrim.pipeline.records import Ledger
 from nettrim.pipeline.rows import FILE, IDENTITY, SCHEMA, Comparison, LayerRow, Row, load_comparison, write_comparison
 from nettrim.pipeline.store import require_free
 

@@ -24,7 +24,7 @@ from nettrim.network.reestimate import Reestimate
 from nettrim.network.trace import Traced
 from nettrim.network.training import check_classes, check_labels
 from nettrim.pipeline.account import Account, Standing
-from nettrim.pipeline.ledger import LayerEvidence
+from nettrim.pipeline.records import LayerEvidence
 
 FINISHES = ("distill", "fine-tune", "batch-norm")
 

@@ -20,9 +20,9 @@ from nettrim.network.trace import LayerGraph, LayerSpec
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.collect import Collected, Wanted, choose_rows, decide, packs
 from nettrim.pipeline.execute import run_all
-from nettrim.pipeline.ledger import LayerEvidence
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.proof import Proof, prove
+from nettrim.pipeline.records import LayerEvidence
 from nettrim.pipeline.schedule import waves
 from nettrim.pipeline.store import RunStore
 

@@ -19,15 +19,16 @@ from nettrim.methods.masks import Pattern
 from nettrim.network.batches import read_batches
 from nettrim.network.edit import double_copy, frozen_copy, write_state
 from nettrim.network.observe import agree
+from nettrim.network.samples import pieces
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.collect import check_rows, estimate
 from nettrim.pipeline.execute import check_executor
 from nettrim.pipeline.finish import Finish, check_batches, run_finish
 from nettrim.pipeline.layers import How, prune_waves
-from nettrim.pipeline.ledger import LayerEvidence
 from nettrim.pipeline.memory import check_bytes
 from nettrim.pipeline.plan import Plan
+from nettrim.pipeline.records import LayerEvidence
 from nettrim.pipeline.result import PruneResult
 from nettrim.pipeline.store import RunStore, describe_run, require_free, require_same, started_run
 
@@ -82,9 +83,9 @@ def prune(
         Samples that are only measured on.
     finish : {"distill", "fine-tune", "batch-norm"} or object, optional
         Train on after pruning, pruned weights staying zero: without labels to the dense network's outputs, or with the
-        labels in `batches`; or only estimate the statistics of batch norms anew; or an object such as ``nettrim.Distill(epochs=40)``. With a number of weights, "distill"
-        prunes to more first and chooses on the way which stay. The ledger says so, and has the pruned network's as
-        `before`.
+        labels in `batches`; or only estimate the statistics of batch norms anew; or an object such as
+        ``nettrim.Distill(epochs=40)``. With a number of weights, "distill" prunes to more first and chooses on the way
+        which stay. The ledger says so, and has the pruned network's as `before`.
     out_dir : path, optional
         Write a run directory; a finished layer is on disk at once.
     resume : bool
@@ -185,5 +186,6 @@ def _require_same_path(account: Account, standing: Standing, pruned: nn.Module) 
     """Refuse a pruned network whose forward, looking at values, takes another path than was accounted for."""
     if account.graph.program.reads_values:
         twin = double_copy(pruned)
-        for index, batch in enumerate(account.batches.chunks(account.at_a_time)):
-            agree(account.graph.program, standing.state, twin, batch, index)
+        for index, batch in enumerate(account.batches):
+            for piece in pieces(batch, account.at_a_time):
+                agree(account.graph.program, standing.state, twin, piece, index)

@@ -17,7 +17,7 @@ from nettrim.network.modular import ProgramModule
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.files import read_json, read_tensors
 from nettrim.pipeline.finish import finished_layers
-from nettrim.pipeline.ledger import LayerEvidence, LayerRecord, Ledger
+from nettrim.pipeline.records import LayerEvidence, LayerRecord, Ledger
 from nettrim.pipeline.store import SCHEMA, RunStore, layer_file, read_account, read_layer
 
 

@@ -37,8 +37,8 @@ from nettrim.pipeline.files import (
     tensor_bytes,
     write_atomically,
 )
-from nettrim.pipeline.ledger import LayerEvidence, Ledger
 from nettrim.pipeline.plan import Plan
+from nettrim.pipeline.records import LayerEvidence, Ledger
 
 SCHEMA = 3
 _SPLITS = ("calibration", "held-out")

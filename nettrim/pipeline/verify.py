@@ -19,7 +19,7 @@ from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.files import digest_json, read_json, read_tensors
 from nettrim.pipeline.finish import finished_layers, overstepped
 from nettrim.pipeline.layers import replay
-from nettrim.pipeline.ledger import LayerEvidence, Ledger
+from nettrim.pipeline.records import LayerEvidence, Ledger
 from nettrim.pipeline.result import model_standing, progress_of, read_run, run_layer, run_of_this_version
 from nettrim.pipeline.store import SCHEMA, layer_file, read_account
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nettrim.errors import MissingExtraError, RunError
-from nettrim.pipeline.ledger import Ledger
+from nettrim.pipeline.records import Ledger
 
 # blue, orange, green: told apart by readers who confuse red and green
 _COLOURS = ("#3b6fb6", "#e08a1e", "#3f9b6c")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nettrim.core.solution import LayerSolution
-from nettrim.pipeline.ledger import Ledger
+from nettrim.pipeline.records import Ledger
 
 
 def ledger_table(ledger: Ledger) -> str:

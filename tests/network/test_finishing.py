@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nettrim.data import load
 from nettrim.errors import ProblemError, UnknownNameError
 from nettrim.network.batches import read_batches
-from nettrim.network.edit import find_linear, find_weight, frozen_copy
+from nettrim.network.edit import find_weight, frozen_copy
 from nettrim.network.finishing import Distill, FineTune, Finished
 from nettrim.network.gradual import keep_most
 from nettrim.network.trace import trace
@@ -53,7 +53,7 @@ def pruned(teacher: nn.Module, share: float = 0.5) -> tuple[nn.Module, dict[str,
     model = copy.deepcopy(teacher).requires_grad_(True)
     masks = {}
     for name in NAMES:
-        scores = {name: find_linear(model, name).weight.detach().abs()}
+        scores = {name: find_weight(model, name).detach().abs()}
         every = {name: torch.ones_like(scores[name], dtype=torch.bool)}
         masks |= keep_most(scores, every, math.ceil(share * scores[name].numel()))
     return model, masks
@@ -62,7 +62,7 @@ def pruned(teacher: nn.Module, share: float = 0.5) -> tuple[nn.Module, dict[str,
 def start_of(teacher: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     model = copy.deepcopy(teacher)
     for name, mask in masks.items():
-        find_linear(model, name).weight.data.mul_(mask)
+        find_weight(model, name).data.mul_(mask)
     return model
 
 
@@ -76,7 +76,7 @@ def held_rows(fraction: float, seed: int) -> Tensor:
 
 
 def supports(model: nn.Module, names: list[str] = NAMES) -> dict[str, Tensor]:
-    return {name: find_linear(model, name).weight != 0 for name in names}
+    return {name: find_weight(model, name) != 0 for name in names}
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -615,7 +615,7 @@ def test_a_tenth_of_a_large_network_is_as_good_as_all_of_it(data_directory):
     inputs, held, labels = data.train.inputs[:5000].flatten(1), data.test.inputs.flatten(1), data.test.labels
     model = copy.deepcopy(dense)
     names = ["0", "2", "4"]
-    masks = {name: torch.ones_like(find_linear(model, name).weight, dtype=torch.bool) for name in names}
+    masks = {name: torch.ones_like(find_weight(model, name), dtype=torch.bool) for name in names}
     found = distill(model, dense, inputs, masks, targets=18634, epochs=8, batch_size=128)
     assert sum(int(mask.sum()) for mask in supports(model, names).values()) == 18634
     assert found.seconds < 60

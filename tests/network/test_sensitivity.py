@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.network.batches import Batch, read_batches
-from nettrim.network.edit import find_linear, find_weight, frozen_copy
+from nettrim.network.edit import find_weight, frozen_copy
 from nettrim.network.fold import fold_state
 from nettrim.network.gradual import GradualPruning, folded_state, keep_most
 from nettrim.network.sensitivity import gauss_newton_saliency
@@ -71,7 +71,7 @@ def test_saliency_is_the_squared_weight_times_the_squared_jacobian(kind, positio
     plain = chain("call", positions).eval()
     plain.load_state_dict(model.state_dict())
     for name in NAMES:
-        weight = find_linear(plain, name).weight.detach()
+        weight = find_weight(plain, name).detach()
 
         def outputs(w: Tensor, row: Tensor, name: str = name) -> Tensor:
             return functional_call(plain, {f"{name}.weight": w}, (row[None],))[0]
@@ -87,7 +87,7 @@ def test_saliency_is_what_a_removal_costs_where_the_network_is_linear():
     x = torch.randn(20, 4, dtype=torch.float64)
     dense = model(x)
     for name, scores in saliency(model, x, ["0", "1"]).items():
-        weight = find_linear(model, name).weight
+        weight = find_weight(model, name)
         for m, n in ((0, 0), (1, 2)):
             kept = weight[m, n].item()
             weight[m, n] = 0.0
@@ -358,7 +358,7 @@ def test_the_most_salient_are_kept_and_of_equal_ones_the_earlier(pairs, data):
 @pytest.mark.parametrize(("target", "power"), [(20, 2), (5, 3)])
 def test_weights_go_by_the_schedule_and_none_comes_back(last, every, rounds, target, power):
     model = chain()
-    masks = {name: torch.ones_like(find_linear(model, name).weight, dtype=torch.bool) for name in ("a", "b")}
+    masks = {name: torch.ones_like(find_weight(model, name), dtype=torch.bool) for name in ("a", "b")}
     masks["b"][:, ::2] = False
     support = Support(model, masks)
     held = sum(support.counts().values())
@@ -384,7 +384,7 @@ def test_weights_go_by_the_schedule_and_none_comes_back(last, every, rounds, tar
 
 def test_groups_do_not_take_from_each_other():
     model = chain()
-    masks = {name: torch.ones_like(find_linear(model, name).weight, dtype=torch.bool) for name in NAMES}
+    masks = {name: torch.ones_like(find_weight(model, name), dtype=torch.bool) for name in NAMES}
     support = Support(model, masks)
     batch = Batch((samples(),))
     GradualPruning(model, trace(model, batch), support, [(["c"], 3), (["a"], 30)], batch, 0, 1, 6, seed=0).before_step()

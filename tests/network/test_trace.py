@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.network.batches import Batch
-from nettrim.network.edit import double_copy, frozen_copy, layer_arrays, write_layer
+from nettrim.network.edit import double_copy, find_weight, frozen_copy, write_state
 from nettrim.network.matrix import Window
 from nettrim.network.trace import LayerGraph, trace
 
@@ -522,6 +522,6 @@ def test_a_model_made_in_inference_mode_is_copied_whole():
         model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
     assert traced(model, (3, 2)).names == ("0",)
     for twin in (frozen_copy(model), double_copy(model)):
-        weight, bias = (tensor.double() + 1 for tensor in layer_arrays(twin, "0"))
-        write_layer(twin, "0", weight, bias)
+        weight = find_weight(twin, "0").double() + 1
+        write_state(twin, {"0.weight": weight})
         torch.testing.assert_close(twin[0].weight.double(), weight, rtol=1e-6, atol=0)

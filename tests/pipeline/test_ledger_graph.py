@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import nettrim
 from nettrim.network.gains import Flow
 from nettrim.pipeline import bounds, ledger
-from nettrim.pipeline.ledger import LayerEvidence
+from nettrim.pipeline.records import LayerEvidence
 
 SCHEDULES = ("parallel", "cascade")
 
