@@ -15,7 +15,7 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,17 +24,17 @@ import numpy as np
 import torch
 
 import nettrim
-from nettrim.cli_compare import add_arguments, check_compare, read_sparsity, run_compare
-from nettrim.core.problem import FORMS, check_seed
+from nettrim.cli_compare import add_arguments, check_compare, run_compare
+from nettrim.cli_network import add_export_options, batches_of, check_numbers, run_export
+from nettrim.cli_prune import add_prune_arguments, run_prune
+from nettrim.core.problem import FORMS
 from nettrim.data import load
 from nettrim.demo import run_demo
-from nettrim.errors import DataError, NetTrimError, ProblemError
-from nettrim.loading import load_model, read_arrays
-from nettrim.methods import METHODS, Method, NetTrim
+from nettrim.errors import DataError, NetTrimError
+from nettrim.loading import read_arrays
+from nettrim.methods import METHODS
 from nettrim.pipeline.files import write_atomically
-from nettrim.pipeline.prune import prune
 from nettrim.pipeline.records import Ledger
-from nettrim.pipeline.schedule import SCHEDULES
 from nettrim.pipeline.verify import verify
 from nettrim.report.tables import ledger_table, solution_table
 
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
+        # torch says it to itself whenever an exported program runs
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
         try:
             code: int = options.run(options)
             return code
@@ -91,60 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epsilon", type=float, default=0.1, help="relative radius of every layer, default %(default)s")
     demo.add_argument("--seed", type=int, default=0)
 
-    cut = command("prune", _prune, "prune a network")
-    cut.add_argument(
-        "--model",
-        required=True,
-        metavar="MODULE:FACTORY",
-        help="a function that returns the network: package.module:name or path/file.py:name",
-    )
-    cut.add_argument("--weights", metavar="FILE.safetensors", help="load the network's weights from here")
-    cut.add_argument(
-        "--data", required=True, help="FILE.npz, mnist:DIR, cifar10:DIR or digits; its test split is held out"
-    )
-    cut.add_argument("--download", action="store_true", help="fetch mnist:DIR where the directory is absent")
-    cut.add_argument(
-        "--samples",
-        type=int,
-        default=10_000,
-        metavar="P",
-        help="calibration samples, the first P of the training split; default %(default)s",
-    )
-    cut.add_argument("--method", default="net-trim", help=f"{', '.join(METHODS)}; default %(default)s")
-    amount = cut.add_argument_group("amount: exactly one, a number or NAME=NUMBER,NAME=NUMBER for single layers")
-    amount.add_argument("--epsilon", type=_amount, help="relative radius of each layer")
-    amount.add_argument("--sparsity", type=_sparsity, help="fraction of zeros of each layer, or N:M such as 2:4")
-    amount.add_argument("--overall", type=float, help="fraction of zeros of all layers together, split by the data")
-    amount.add_argument("--kept", type=_amount, help="number of weights that stay in each layer")
-    amount.add_argument("--lam", type=_amount, help="lambda of the regularised program")
-    amount.add_argument("--tolerance", type=_amount, help="of l-obs and obs: remove while the error is below it")
-    cut.add_argument("--schedule", default="cascade", help=f"{' or '.join(SCHEDULES)}; default %(default)s")
-    cut.add_argument("--layers", default="all", help="names or globs, comma-separated; default all")
-    cut.add_argument("--ignore", default="", help="names or globs, comma-separated")
-    trim = cut.add_argument_group("of net-trim")
-    trim.add_argument("--form", help="ball or halfspace")
-    trim.add_argument("--gamma", type=float, help="γ of the cascade")
-    trim.add_argument("--rule", dest="cascade", help="radius in cascade: relative or paper")
-    trim.add_argument("--kappa", type=float, help="risk factor of the last layer")
-    trim.add_argument("--bias", help="free, penalised or frozen")
-    trim.add_argument("--solver", help="a name in `nettrim info`")
-    trim.add_argument("--tol", type=float, help="relative duality gap")
-    trim.add_argument("--route", help="to a number of weights: refined or reweighted")
-    trim.add_argument("--swaps", type=int, help="rounds of swaps of the refinement")
-    trim.add_argument(
-        "--no-evidence",
-        dest="evidence",
-        action="store_false",
-        default=None,
-        help="beside a number of weights, solve no convex program for the bound",
-    )
-    trim.add_argument("--max-seconds", type=float, help="for each layer")
-    cut.add_argument("--finish", help="train on afterwards: distill (without labels) or fine-tune")
-    cut.add_argument("--out", required=True, metavar="DIR", help="run directory")
-    cut.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    cut.add_argument("--jobs", type=int, help="worker processes for the layers of a wave")
-    cut.add_argument("--seed", type=int, default=0)
-
+    add_prune_arguments(command("prune", _prune, "prune a network"))
     add_arguments(command("compare", _compare, "prune one network by several methods and amounts, side by side"))
 
     solve = command("solve", _solve, "solve one layer from arrays `inputs` and `targets`")
@@ -163,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("verify", _verify, "recompute every stored figure of a run directory")
     check.add_argument("directory", metavar="DIR")
+
+    add_export_options(command("export", _export, "write a pruned network in another form"))
 
     command("info", _info, "solvers and methods found, devices, versions")
     return parser
@@ -189,30 +140,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    method = _method(options)
-    _check_numbers(options)
-    sparsity = _one_sparsity(options)
-    model = load_model(options.model, options.weights)
-    data = load(options.data, download=options.download)
-    result = prune(
-        model,
-        _batches(data.train, options.samples),
-        method,
-        epsilon=options.epsilon,
-        sparsity=sparsity,
-        kept=options.kept,
-        lam=options.lam,
-        tolerance=options.tolerance,
-        schedule=options.schedule,
-        finish=options.finish,
-        layers="all" if options.layers == "all" else options.layers.split(","),
-        ignore=[name for name in options.ignore.split(",") if name],
-        held_out=None if data.test is None else _batches(data.test, len(data.test.inputs)),
-        out_dir=options.out,
-        resume=options.resume,
-        executor=options.jobs,
-        seed=options.seed,
-    )
+    result = run_prune(options)
     if options.json:
         _print_json(result.ledger.as_dict() | {"directory": options.out})
     else:
@@ -222,17 +150,11 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    _check_numbers(options)
+    check_numbers(options)
     check_compare(options)
     data = load(options.data, download=options.download)
-    held_out = None if data.test is None else _batches(data.test, len(data.test.inputs))
-    return run_compare(options, data, _batches(data.train, options.samples), held_out)
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    if options.samples < 1:
-        raise ProblemError(f"--samples {options.samples} is out of range: at least 1.")
-    check_seed(options.seed)
+    held_out = None if data.test is None else batches_of(data.test, len(data.test.inputs))
+    return run_compare(options, data, batches_of(data.train, options.samples), held_out)
 
 
 def _code(*ledgers: Ledger) -> int:
@@ -297,6 +219,15 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if found.holds else 1
 
 
+def _export(options: argparse.Namespace) -> int:
+    found, text = run_export(options)
+    if options.json:
+        _print_json(found)
+    else:
+        print(text)
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "nettrim": nettrim.__version__,
@@ -334,66 +265,6 @@ def _info(options: argparse.Namespace) -> int:
             value = ", ".join(f"{name} {version}" for name, version in value.items())
         print(f"{key:<9} {', '.join(value) if isinstance(value, list) else value}")
     return 0
-
-
-def _method(options: argparse.Namespace) -> str | Method:
-    """Return the method of that name, with the options of net-trim that were given."""
-    names = ("form", "gamma", "cascade", "kappa", "bias", "solver", "tol", "max_seconds", "route", "swaps", "evidence")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    name: str = options.method
-    if not given:
-        return name
-    if name != "net-trim":
-        said = {"cascade": "rule", "evidence": "no-evidence"}
-        flags = ", ".join("--" + said.get(key, key.replace("_", "-")) for key in given)
-        raise ProblemError(f"{flags} given, which only net-trim reads, and the method is {name!r}: leave them out.")
-    if options.swaps is not None and options.swaps < 0:
-        raise ProblemError(f"--swaps {options.swaps} is out of range: at least 0.")
-    return NetTrim(**given)
-
-
-def _one_sparsity(options: argparse.Namespace) -> Any:
-    """Return what --sparsity or --overall says."""
-    if options.overall is None:
-        return options.sparsity
-    if options.sparsity is not None:
-        raise ProblemError(f"--sparsity and --overall {options.overall:g} are both given: give one amount.")
-    return nettrim.Overall(options.overall)
-
-
-def _sparsity(text: str) -> Any:
-    """Read ``0.9``, ``2:4`` or ``fc1=0.9,fc2=2:4``."""
-    return _read_each(text, read_sparsity)
-
-
-def _amount(text: str) -> Any:
-    """Read ``0.1`` or ``fc1=0.1,fc2=0.2``."""
-
-    def read(number: str) -> float:
-        try:
-            return float(number)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{number!r} is no number: write 0.1 or NAME=0.1,NAME=0.2") from error
-
-    return _read_each(text, read)
-
-
-def _read_each(text: str, read: Callable[[str], Any]) -> Any:
-    if "=" not in text:
-        return read(text)
-    parts = [part.strip().rpartition("=") for part in text.split(",")]
-    names = [name for name, _, _ in parts]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} does not give each layer one number: write NAME=NUMBER,NAME=NUMBER")
-    return {name: read(number) for name, _, number in parts}
-
-
-def _batches(split: Any, count: int, size: int = 1000) -> list[Any]:
-    inputs, labels = split.inputs[:count], split.labels
-    pieces = range(0, len(inputs), size)
-    if labels is None:
-        return [inputs[i : i + size] for i in pieces]
-    return [(inputs[i : i + size], labels[:count][i : i + size]) for i in pieces]
 
 
 def _print_json(value: Any) -> None:

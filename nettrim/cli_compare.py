@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from nettrim.cli_network import add_network_options, network_options
 from nettrim.data import Data
 from nettrim.errors import ProblemError, RunError
 from nettrim.loading import load_model
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODULE:FACTORY",
-        help="a function that returns the network: package.module:name or path/file.py:name. Without it a network "
-        "N-300-100-C with ReLU is trained on the training split, and kept in --out",
+        help="a function that returns the network: package.module:name or path/file.py:name; or an archive "
+        "FILE.pt2. Without it a network N-300-100-C with ReLU is trained on the training split, and kept in --out",
     )
     parser.add_argument("--weights", metavar="FILE.safetensors", help="load the weights of --model from here")
     takes = [name for name, make in METHODS.items() if "sparsity" in make().amounts]
@@ -80,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,NAME",
         help=f"{' and '.join(SCHEDULES)}, comma-separated; default cascade",
     )
-    parser.add_argument("--layers", type=_names, help="names or globs, comma-separated; default all")
-    parser.add_argument("--ignore", type=_names, default=(), help="names or globs, comma-separated")
+    parser.add_argument("--layers", type=_names, help="names, globs or classes, comma-separated; default all")
+    parser.add_argument("--ignore", type=_names, default=(), help="names, globs or classes, comma-separated")
+    add_network_options(parser)
     parser.add_argument(
         "--finish",
         type=_names,
@@ -148,6 +150,8 @@ def run_compare(options: argparse.Namespace, data: Data, calibration: list[Any],
         "ignore": options.ignore,
         "finish": [None if how == "none" else how for how in options.finish],
     }
+    shared = network_options(options)
+    grid["on_unsupported"] = shared.pop("on_unsupported")
     trained, batches = None, read_batches(calibration)
     if options.model is not None:
         model = load_model(options.model, options.weights)
@@ -157,7 +161,9 @@ def run_compare(options: argparse.Namespace, data: Data, calibration: list[Any],
         trained = _trained(model, data, directory, options.seed)
         if not options.json:
             print(_sentence(trained, directory), end="\n\n", flush=True)
-    comparison = compare(model, batches, **grid, held_out=held_out, out_dir=directory, resume=True, seed=options.seed)
+    comparison = compare(
+        model, batches, **grid, **shared, held_out=held_out, out_dir=directory, resume=True, seed=options.seed
+    )
     picture = directory / PICTURE
     drawn = any(row.failure is None for row in comparison.rows)
     if drawn:

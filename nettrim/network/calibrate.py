@@ -85,9 +85,8 @@ def scan(
             spec = ends.get(moment.at)
             if spec is not None:
                 inputs = waiting.pop(spec.name)
-                trunk = next(k for k, ref in enumerate(moment.step.refs) if ref.step != spec.step)
                 given = [leaf for leaf in leaves(moment.args[1]) if isinstance(leaf, Tensor)]
-                outputs = output_rows(moment.values[0] - given[trunk], spec.window)
+                outputs = output_rows(moment.values[0] - given[spec.trunk], spec.window)
             else:
                 spec = specs.get(moment.at)
                 if spec is None:

@@ -41,7 +41,7 @@ from nettrim.errors import ProblemError
 _ROUNDING = 1e-9  # far above what float64 loses in a decomposition or a sum of squares
 _STEP = 1e-4  # by how much an eigenvalue is exceeded when the level is raised: saves further raises, costs half of it
 _FINENESS = (32, 24, 16, 12, 10, 8, 6, 5)  # points of the grid per tap beyond the first; 5 exceeds by 5% a dimension
-_GRID_WORK = 2.5e11  # floating point operations that a grid finer than the coarsest may take: seconds on one core
+_GRID_WORK = 1.3e11  # floating point operations that a grid finer than the coarsest may take: seconds on one core
 _CHUNK = 2**18  # complex numbers worked on at a time: what a cache holds
 _SMALL = 1024  # rows or columns up to which the operator is written out as a matrix ...
 _ENTRIES = 2**24  # ... unless it has more entries

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.network.batches import Batch
+from nettrim.network.behind import positions, relu_behind, sum_behind
 from nettrim.network.checks import COMPUTED, check_dtypes, check_finite, copied, refuse_hooks
 from nettrim.network.edit import raw_state
 from nettrim.network.fold import Fold, fold
 from nettrim.network.matrix import Window
 from nettrim.network.observe import observe
-from nettrim.network.program import Count, Held, Program, Ref, Step
+from nettrim.network.program import Held, Program, Ref, Step
 from nettrim.network.selection import listed, matching
 
 #: functions that nettrim prunes the weight of
@@ -29,9 +30,6 @@ _WEIGHING = {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "outer", "e
 _WEIGHING |= {"addmm", "addmv", "addbmm", "baddbmm", "chain_matmul", "linalg.matmul", "linalg.multi_dot"}
 _WEIGHING |= {"conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "convolution"}
 _WEIGHING |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-#: what leaves every number as it is, so that a ReLU behind it is a ReLU before it
-_CARRIES = {"flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous"}
-_CARRIES |= {"dropout", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "to", "identity", "T"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,8 @@ class LayerSpec:
         Layers of one generation do not read each other.
     sum : int or None
         The step that adds its output, which flows nowhere else, to a trunk.
+    trunk : int
+        Which of the two that the sum reads is the trunk; 0 where there is no sum.
     """
 
     name: str
@@ -90,6 +90,7 @@ class LayerSpec:
     positions: int
     generation: int
     sum: int | None = None
+    trunk: int = 0
 
     @property
     def numel(self) -> int:
@@ -296,7 +297,7 @@ def _layers(
             continue  # it acts on parameters alone
         shape = tuple(state[weight.name].shape)
         window, groups = window_of(step, shape)
-        output = _relu_behind(program, users, index)
+        output = relu_behind(program, users, index)
         found.append(
             {
                 "name": name,
@@ -312,23 +313,13 @@ def _layers(
                 "bias": bias is not None,
                 "relu": output is not None,
                 "window": window,
-                "positions": _positions(step),
+                "positions": positions(step),
                 "generation": depth[index],
-                "sum": _sum_behind(program, users, index),
             }
+            | sum_behind(program, users, index)
         )
         depth[index] += 1
     return found, cannot
-
-
-def _positions(step: Step) -> int:
-    """Return how many rows one sample gives a layer."""
-    assert step.shape is not None
-    spatial = step.shape[:-1] if step.op == "linear" else (step.shape[0], *step.shape[2:])
-    rows = 1
-    for size in spatial:
-        rows *= size.each if isinstance(size, Count) else size
-    return rows
 
 
 def _fed(program: Program) -> list[bool]:
@@ -337,35 +328,6 @@ def _fed(program: Program) -> list[bool]:
     for index, step in enumerate(program.steps):
         fed.append(index < len(program.inputs) or any(fed[ref.step] for ref in step.refs))
     return fed
-
-
-def _relu_behind(program: Program, users: list[list[int]], index: int) -> int | None:
-    """Return the ReLU that a step's output flows into and nowhere else, or None."""
-    while True:
-        if len(users[index]) != 1 or program.output.step == index:
-            return None
-        index = users[index][0]
-        step = program.steps[index]
-        if step.op == "relu" or (step.op in ("clamp", "clip", "clamp_min") and _is_relu(step)):
-            return index
-        if step.op not in _CARRIES:
-            return None
-
-
-def _sum_behind(program: Program, users: list[list[int]], index: int) -> int | None:
-    """Return the step that adds a step's output, and nothing else of it, to a tensor of the same shape, or None."""
-    if len(users[index]) != 1 or program.output.step == index:
-        return None
-    step = program.steps[users[index][0]]
-    refs = step.refs
-    plain = step.op == "add" and len(refs) == 2 and refs[0] != refs[1] and not step.held and len(step.args) == 2
-    return users[index][0] if plain and step.shape == program.steps[index].shape else None
-
-
-def _is_relu(step: Step) -> bool:
-    """Tell whether a clamp is at zero from below and nowhere from above."""
-    low, high = (*step.args[1:], None, None)[:2]
-    return step.kwargs.get("min", low) == 0 and step.kwargs.get("max", high) is None
 
 
 def _note_weights(

@@ -159,11 +159,11 @@ def row_bytes(spec: LayerSpec) -> int:
 def _square_bytes(spec: LayerSpec) -> int:
     """What a convex program takes whatever its rows: seven Gram matrices, and Newton's Hessians, as measured."""
     square = (spec.in_features + 1) ** 2
-    return 8 * _GRAMS * square + min(2**30, 3 * spec.out_features // spec.groups * square)
+    return 8 * _GRAMS * square + min(2**30, 4 * (spec.out_features // spec.groups) * square)
 
 
 def _room(memory_limit: int) -> int:
-    """What collected data and the solver may take: a quarter is for calibration, an eighth for held-out samples."""
+    """What collected data and the solver may take; the rest is for samples that are held, and what allocators keep."""
     return 5 * memory_limit // 8
 
 

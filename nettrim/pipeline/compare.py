@@ -119,9 +119,9 @@ def compare(
         raise ProblemError("resume=True needs out_dir, the directory of the comparison to go on with.")
     if out_dir is not None and not resume:
         require_free(out_dir)
-    splits = {"calibration": read_batches(batches, memory_limit=limit)}
+    splits = {"calibration": read_batches(batches, memory_limit=limit // 2)}
     if held_out is not None:
-        splits["held-out"] = read_batches(held_out, "held_out", memory_limit=limit // 2)
+        splits["held-out"] = read_batches(held_out, "held_out", memory_limit=limit // 4)
     calibration = splits["calibration"]
     graph, cells = plan_grid(
         model, calibration, methods, budgets, schedules, layers, ignore, finish, on_unsupported=on_unsupported

@@ -20,6 +20,7 @@ from nettrim.network.trace import LayerGraph, LayerSpec
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.collect import Collected, Wanted, choose_rows, decide, packs
 from nettrim.pipeline.execute import run_all
+from nettrim.pipeline.memory import hand_back
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.proof import Proof, prove
 from nettrim.pipeline.records import LayerEvidence
@@ -107,6 +108,9 @@ def prune_waves(
                 if proof is not None:
                     proofs[name] = proof
                 bar.update()
+            # before the next are collected, or both would be held
+            del data, tasks, results
+            hand_back()
         for name in wave:
             standing.put(graph.layer(name), evidence[name].weight, evidence[name].bias)
     bar.close()
@@ -140,6 +144,8 @@ def replay(
             data = account.collect(state, {name: wanted[name] for name in pack}, progress=False)
             found = {name: proof_of(graph.layer(name), evidence[name], data[name]) for name in pack}
             proofs |= {name: proof for name, proof in found.items() if proof is not None}
+            del data
+            hand_back()
         for name in wave:
             standing.put(graph.layer(name), evidence[name].weight, evidence[name].bias)
     return standing, proofs
@@ -153,7 +159,7 @@ def at_sum(graph: LayerGraph, name: str, due: set[str]) -> bool:
     spec, program = graph.layer(name), graph.program
     if spec.sum is None or program.steps[spec.sum].kwargs.get("alpha", 1) != 1:
         return False  # torch.add(x, y, alpha=…) adds another multiple of y
-    pending = [ref.step for ref in program.steps[spec.sum].refs if ref.step != spec.step]
+    pending = [program.steps[spec.sum].refs[spec.trunk].step]
     steps, seen = {graph.layer(other).step for other in due}, set()
     while pending:
         step = pending.pop()

@@ -1,4 +1,6 @@
-"""How much memory a piece of work takes: the rise of the process's resident set, sampled while it runs."""
+"""How much memory a piece of work takes, the rise of the process's resident set, sampled while it runs; and giving
+back what was let go.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        _hand_back()
+        hand_back()
         self._before = self._process.memory_info().rss
         self._thread.start()
         return self
@@ -83,7 +85,7 @@ class PeakMemory:
         self.rise = max(self.rise, (self._process.memory_info().rss - self._before) / 2**20)
 
 
-def _hand_back() -> None:
+def hand_back() -> None:
     """Collect garbage, and have the C library give free memory back to the system where it can (glibc)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None) if psutil.LINUX else None, "malloc_trim", None)

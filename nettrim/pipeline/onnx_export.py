@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import warnings
@@ -97,7 +98,12 @@ def _runtime() -> Any:
 
 def _content(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, list[Tensor]]:
     """Return the file's content, and the model's own outputs."""
-    free = tuple({0: torch.export.Dim.AUTO} if tensor.dim() else {} for tensor in inputs)
+    free: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} if tensor.dim() else {} for tensor in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        # the exporter counts what goes into *inputs as one argument
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        free = (*free[:named], free[named:])
     # it reports every optional library that torch could have used
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -128,8 +128,8 @@ def prune(
         raise ProblemError("resume=True needs out_dir, the directory of the run to go on with.")
     if out_dir is not None and not resume:
         require_free(out_dir)
-    calibration = read_batches(batches, memory_limit=limit)
-    held = None if held_out is None else read_batches(held_out, "held_out", memory_limit=limit // 2)
+    calibration = read_batches(batches, memory_limit=limit // 2)
+    held = None if held_out is None else read_batches(held_out, "held_out", memory_limit=limit // 4)
     # a caller may have switched gradients off; sensitivities and finishing need them
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)

@@ -140,6 +140,9 @@ class RunStore:
             elif name.startswith("layers/"):
                 evidence = read_layer(path / name)
                 found[evidence.name] = evidence
+        # what was being written when the run was killed; whatever it was, it is written again
+        for part in path.rglob("*.part"):
+            part.unlink(missing_ok=True)
         store._write_network(account)
         return store, found
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nettrim.core.solution import LayerSolution
-from nettrim.pipeline.records import Ledger
+from nettrim.pipeline.guarantees import HeldOut
+from nettrim.pipeline.outputs import SPEED
+from nettrim.pipeline.records import LayerRecord, Ledger
 
 
 def ledger_table(ledger: Ledger) -> str:
@@ -15,6 +17,7 @@ def ledger_table(ledger: Ledger) -> str:
     """
     head = (
         "layer",
+        "rows",
         "kept",
         "of",
         "%",
@@ -33,6 +36,7 @@ def ledger_table(ledger: Ledger) -> str:
         rows.append(
             (
                 r.name,
+                _rows(r),
                 f"{r.kept}",
                 f"{r.numel}",
                 f"{100 * r.kept / r.numel:.2f}",
@@ -50,6 +54,7 @@ def ledger_table(ledger: Ledger) -> str:
     rows.append(
         (
             "all",
+            "",
             f"{ledger.kept}",
             f"{ledger.numel}",
             share,
@@ -81,15 +86,17 @@ def ledger_table(ledger: Ledger) -> str:
         parts = [f"{first.kept:,} weights", f"output error {first.measured / (first.output_norm or 1.0):.5g}"]
         parts += [f"accuracy, {split}: {100 * a['pruned']:.2f} %" for split, a in first.accuracy.items()]
         lines.append(f"before it was trained on: {', '.join(parts)}")
+    if ledger.guarantee is not None:
+        lines.append(HeldOut(**ledger.guarantee).sentence())
+    if ledger.unbounded is not None:
+        lines.append(f"composed bounds end at {ledger.unbounded}, of which no gain is known")
+    lines += [f"left dense: {name}, which {why}" for name, why in ledger.unsupported.items()]
     missed = [f"{name} ({status})" for name, status in ledger.uncertified.items()]
     if missed:
         lines.append(f"NOT certified within the tolerance: {', '.join(missed)}")
     sizes = {kind: sum(r.bytes[kind] for r in ledger.records) for kind in ("dense", "csr", "bitmask")}
-    lines.append(
-        "bytes of the pruned weights: "
-        + ", ".join(f"{value:,} {kind}" for kind, value in sizes.items())
-        + "; zeros save memory and disk in the sparse formats, and no time in dense kernels"
-    )
+    lines.append("bytes of the pruned weights: " + ", ".join(f"{value:,} {kind}" for kind, value in sizes.items()))
+    lines.append(SPEED)
     return "\n".join(lines)
 
 
@@ -127,6 +134,13 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([first, *rest]).rstrip()
 
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def _rows(record: LayerRecord) -> str:
+    """Say how many rows a program was made of, of all there are; all of them go without saying."""
+    if record.rows in (0, record.total_rows):
+        return f"{record.total_rows:,}"
+    return f"{record.rows:,}/{record.total_rows:,}"
 
 
 def _short(value: float | None, form: str = "{:.4g}") -> str:

@@ -21,7 +21,7 @@ from nettrim.errors import NetTrimError, ProblemError, UnsupportedError
 from nettrim.methods.base import LayerTask
 from nettrim.methods.masks import Pattern
 from nettrim.methods.program import join_bias, layer_problem
-from nettrim.pipeline import store
+from nettrim.pipeline import files
 
 SIZES = {"0": 192, "3": 160, "5": 50}
 
@@ -198,7 +198,7 @@ def test_the_published_settings_have_no_count(network, batches, monkeypatch, tmp
         raise RuntimeError("work was started")
 
     # before any work: nothing is recorded and nothing written
-    monkeypatch.setattr("nettrim.pipeline.prune.record", fail)
+    monkeypatch.setattr("nettrim.pipeline.account.collect", fail)
     with pytest.raises(UnsupportedError, match=text):
         nettrim.prune(network, batches, method, out_dir=tmp_path / "run", progress=False, **{amount: value})
     assert not (tmp_path / "run").exists()
@@ -442,13 +442,13 @@ def mend(path, name, content):
     about = json.loads((path / "run.json").read_text())
     about["files"][name] = hashlib.sha256(content).hexdigest()
     about.pop("digest")
-    (path / "run.json").write_text(json.dumps(about | {"digest": store.digest_json(about)}))
+    (path / "run.json").write_text(json.dumps(about | {"digest": files.digest_json(about)}))
 
 
 def forge(path, name, edit):
-    tensors, about = store.read_tensors(path / name)
+    tensors, about = files.read_tensors(path / name)
     edit(tensors, about)
-    mend(path, name, store.to_bytes(tensors, {"about": json.dumps(about)}))
+    mend(path, name, files.tensor_bytes(tensors, about))
 
 
 def test_an_honest_run_holds_and_comes_back(saved):
@@ -466,7 +466,7 @@ def test_a_weight_that_was_changed_is_found_though_the_digests_were_mended(run):
     forge(path, "layers/0.safetensors", lambda t, _: t["weight"].mul_(1.01))
     found = " | ".join(nettrim.verify(path).failures)
     assert "SHA-256" not in found
-    assert "model.safetensors: 0.weight is not the one" in found
+    assert "model.safetensors: weight of 0 is not the one" in found
     assert "measured is stored as" in found
     if kind != "no evidence":
         assert "objective is stored as" in found
@@ -490,7 +490,7 @@ def test_multipliers_that_were_changed_are_found_or_prove_the_same(run, factor):
     """Scaled up they are made feasible again, and prove what they proved; halved or turned round, less."""
     path, kind = run
     if kind == "no evidence":
-        assert "multipliers" not in store.read_tensors(path / "layers/0.safetensors")[0]
+        assert "multipliers" not in files.read_tensors(path / "layers/0.safetensors")[0]
         return
     forge(path, "layers/0.safetensors", lambda t, _: t["multipliers"].mul_(factor))
     found = " | ".join(nettrim.verify(path).failures)
