@@ -115,8 +115,8 @@ def _export_onnx(options: argparse.Namespace, out: Path) -> float:
     batch = result.account.batches.first(_EXAMPLES)
     if batch.kwargs:
         raise UnsupportedError(
-            f"the network takes {', '.join(batch.kwargs)} by name, and an ONNX file takes inputs by place: wrap it so that "
-            "all come by place, and call export_onnx."
+            f"the network takes {', '.join(batch.kwargs)} by name, and an ONNX file takes inputs by place: wrap it "
+            "so that all come by place, and call export_onnx."
         )
     return export_onnx(result.model, batch.inputs, out)
 

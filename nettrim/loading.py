@@ -32,8 +32,8 @@ _CALL = re.compile(r"([A-Za-z_]\w*)\s*\(")
 def load_model(spec: str, weights: str | None) -> nn.Module:
     """Return the network that ``package.module:function`` or ``path/file.py:function`` makes, with weights from a file.
 
-    ``FILE.pt2`` is an archive of `torch.export.save`. A function is code of the user's, and runs; an archive is data: what
-    in it would run code (pickled objects, compiled parts) is refused, and the rest left to torch's readers.
+    ``FILE.pt2`` is an archive of `torch.export.save`. A function is the user's own code, and runs; an archive is data:
+    what in it would run code (pickled objects, compiled parts) is refused, and the rest left to torch's readers.
 
     Raises
     ------

@@ -4,6 +4,9 @@ import os
 import zlib
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is there: workers that each take all cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import nn

@@ -20,8 +20,13 @@ ALLOWED = {
     "pipeline": {"errors", "core", "network", "methods"},
     "report": {"errors", "core", "network", "methods", "pipeline"},
     "demo": {"errors", "core", "network", "methods", "pipeline", "report", "data"},
-    "cli_compare": {"errors", "network", "methods", "pipeline", "report", "data", "loading"},
-    "cli": {"errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", "cli_compare", ""},
+    "cli_compare": {"errors", "network", "methods", "pipeline", "report", "data", "loading", "cli_network"},
+    "cli_network": {"errors", "core", "network", "methods", "pipeline", "loading"},
+    "cli_prune": {"errors", "methods", "pipeline", "data", "loading", "cli_network", "cli_compare"},
+    "cli": {
+        *("errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", ""),
+        *("cli_compare", "cli_network", "cli_prune"),
+    },
     "__main__": {"cli"},
     # the package's own face hands names on from everywhere below the reports
     "": {"errors", "core", "network", "methods", "pipeline"},

@@ -73,6 +73,7 @@ def run(plan: str, kind: str, samples: int, seed: int, out: Path) -> dict[str, A
     prune = [
         *("prune", "--model", "benchmarks.model.lenet:lenet_300_100", "--data", f"mnist:{DATA / 'mnist'}"),
         *("--samples", str(samples), *amount, "--schedule", "cascade", "--seed", str(seed), "--out", str(directory)),
+        *("--memory-limit", "8 GiB"),  # every sample in every program
     ]
     # the convex bound is beside the point of what finishing makes of the weights
     prune += ["--finish", "distill", "--no-evidence"] if kind == "finish" else []

@@ -489,8 +489,13 @@ def test_kernels_of_a_narrow_layer(kind):
     assert reached <= conv_norm(weight, **PLAIN).value <= 1.05 * reached
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "train denoise", "train shift", "train edges"])
+WIDE = [*KINDS, "train denoise", "train shift", "train edges"]
+ALWAYS = ("normal", "low rank", "train edges")  # one of each sort; the others take minutes together
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.slow) for kind in WIDE]
+)
 def test_kernels_of_a_wide_layer(kind, record_property):
     weight = kernel_by_training(kind.split()[1]) if kind.startswith("train") else kernels_at_random(kind)
     reached, bound = gain_on(weight, (32, 32)), conv_norm(weight, **PLAIN)

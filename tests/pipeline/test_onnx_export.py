@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import nettrim
 from nettrim.errors import MissingExtraError, ProblemError, RunError, UnsupportedError
+from nettrim.network.modular import ProgramModule
 from nettrim.pipeline import onnx_export
 from nettrim.pipeline.onnx_export import export_onnx
 
@@ -63,6 +65,33 @@ def test_onnx_has_the_zeros_and_any_number_of_rows(tmp_path):
     more = torch.randn(7, 2, 6, 6)
     (found,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
     assert torch.allclose(torch.from_numpy(found), model.eval()(more), atol=1e-5)
+
+
+def test_onnx_of_a_run_that_was_read_back(tmp_path):
+    """Of the stored forward, whose inputs have no names."""
+    x = torch.randn(12, 2, 6, 6)
+    given = dict(sparsity=0.5, out_dir=tmp_path / "run", progress=False)
+    expected = nettrim.prune(Convolutional(), [x], "magnitude", **given).model
+    back = nettrim.load_result(tmp_path / "run").model
+    assert isinstance(back, ProgramModule)
+    assert export_onnx(back, x[:3], tmp_path / "a.onnx") <= 1e-5
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected(x), rtol=1e-4, atol=1e-5)
+
+
+class Some(nn.Module):
+    """An input by name, and any number of others."""
+
+    def forward(self, first, *others):
+        return first + sum(other.sum(1) for other in others)
+
+
+def test_onnx_of_any_number_of_inputs(tmp_path):
+    inputs = (torch.randn(3), torch.randn(3, 2), torch.randn(3, 4))
+    assert export_onnx(Some(), inputs, tmp_path / "a.onnx") <= 1e-6
 
 
 class Two(nn.Module):
