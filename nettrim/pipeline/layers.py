@@ -20,7 +20,7 @@ from nettrim.network.trace import LayerGraph, LayerSpec
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.collect import Collected, Wanted, choose_rows, decide, packs
 from nettrim.pipeline.execute import run_all
-from nettrim.pipeline.memory import hand_back
+from nettrim.pipeline.memory import trim
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.proof import Proof, prove
 from nettrim.pipeline.records import LayerEvidence
@@ -110,7 +110,7 @@ def prune_waves(
                 bar.update()
             # before the next are collected, or both would be held
             del data, tasks, results
-            hand_back()
+            trim()
         for name in wave:
             standing.put(graph.layer(name), evidence[name].weight, evidence[name].bias)
     bar.close()
@@ -145,7 +145,7 @@ def replay(
             found = {name: proof_of(graph.layer(name), evidence[name], data[name]) for name in pack}
             proofs |= {name: proof for name, proof in found.items() if proof is not None}
             del data
-            hand_back()
+            trim()
         for name in wave:
             standing.put(graph.layer(name), evidence[name].weight, evidence[name].bias)
     return standing, proofs

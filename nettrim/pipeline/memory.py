@@ -86,8 +86,13 @@ class PeakMemory:
 
 
 def hand_back() -> None:
-    """Collect garbage, and have the C library give free memory back to the system where it can (glibc)."""
+    """Collect garbage, and give free memory back to the system."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None) if psutil.LINUX else None, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Have the C library give free memory back to the system, where it can (glibc)."""
+    give = getattr(ctypes.CDLL(None) if psutil.LINUX else None, "malloc_trim", None)
+    if give is not None:
+        give(0)
