@@ -25,7 +25,20 @@ from nettrim.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, Pattern, SparseGpt, Wanda, tolerance_curve
+from nettrim.methods import (
+    METHODS,
+    Alps,
+    Ldrf,
+    LObs,
+    Magnitude,
+    NetTrim,
+    Obs,
+    Pattern,
+    Shallowing,
+    SparseGpt,
+    Wanda,
+    tolerance_curve,
+)
 from nettrim.network.finishing import Distill, FineTune
 from nettrim.network.reestimate import Reestimate
 from nettrim.pipeline.budget import Overall
@@ -54,6 +67,7 @@ __all__ = [
     "LayerProblem",
     "LayerRecord",
     "LayerSolution",
+    "Ldrf",
     "Ledger",
     "Magnitude",
     "MissingExtraError",
@@ -72,6 +86,7 @@ __all__ = [
     "Row",
     "RunError",
     "Scs",
+    "Shallowing",
     "SolveStats",
     "SolverError",
     "SparseGpt",

@@ -1,4 +1,4 @@
-"""Convolutional networks that tests and benchmarks prune: factories without arguments that must be given.
+"""Networks that tests and benchmarks prune: factories without arguments that must be given.
 
 All take images in [0, 1], as `nettrim.data.load` gives them, and normalise them in a first step without parameters.
 Their weights are drawn from torch's global generator; `benchmarks.model.train_nets` trains them.
@@ -60,6 +60,29 @@ def lenet5() -> nn.Sequential:
             flatten=nn.Flatten(),
             fc1=nn.Linear(800, 500), relu3=nn.ReLU(),
             fc2=nn.Linear(500, 10),
+        )
+    )  # fmt: skip
+
+
+def mlp_mnist() -> nn.Sequential:
+    """Return LeNet-300-100 for MNIST, 784-300-100-10, untrained: 266,610 parameters.
+
+    The fully connected network of LeCun, Bottou, Bengio and Haffner (1998), with ReLUs.
+    `benchmarks.model.lenet` has the same layers with weights that were published.
+
+    Returns
+    -------
+    nn.Sequential
+        Maps (B, 1, 28, 28) in [0, 1] to (B, 10). Its layers are `fc1` (300, 784), `fc2` (100, 300) and `fc3` (10, 100),
+        all with biases.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            normalise=Normalise(*MNIST),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 300), relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100), relu2=nn.ReLU(),
+            fc3=nn.Linear(100, 10),
         )
     )  # fmt: skip
 
@@ -136,12 +159,17 @@ def resnet_cifar(width: int = 16, blocks: int = 1) -> nn.Sequential:
     )  # fmt: skip
 
 
-def vgg_bn_small() -> nn.Sequential:
+def vgg_bn_small(width: int = 32) -> nn.Sequential:
     """Return a small VGG for CIFAR-10: 32-32-M-64-64-M-128-128-M and one Linear layer, with batch norm.
 
     3x3 convolutions in blocks of two between 2x2 max pooling (M), after Simonyan and Zisserman (2015), with the batch
     norm of Ioffe and Szegedy (2015) between each convolution and its ReLU, as in torchvision's `vgg*_bn`. Convolutions
     have no bias.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the first block, at least 1; the others have twice and four times as many.
 
     Returns
     -------
@@ -149,15 +177,53 @@ def vgg_bn_small() -> nn.Sequential:
         Maps (B, 3, 32, 32) in [0, 1] to (B, 10). Its layers are `conv1` ... `conv6` and `fc`.
     """
     modules: OrderedDict[str, nn.Module] = OrderedDict(normalise=Normalise(*CIFAR10))
-    before, number = 3, 0
-    for block, channels in enumerate((32, 64, 128), 1):
-        for _ in range(2):
-            number += 1
-            modules[f"conv{number}"] = nn.Conv2d(before, channels, 3, padding=1, bias=False)
-            modules[f"bn{number}"] = nn.BatchNorm2d(channels)
-            modules[f"relu{number}"] = nn.ReLU()
-            before = channels
+    before = 3
+    for block, channels in enumerate((width, 2 * width, 4 * width), 1):
+        _add_convolutions(modules, before, channels, count=2)
         modules[f"pool{block}"] = nn.MaxPool2d(2)
+        before = channels
     modules["flatten"] = nn.Flatten()
-    modules["fc"] = nn.Linear(128 * 4 * 4, 10)
+    modules["fc"] = nn.Linear(before * 4 * 4, 10)
     return nn.Sequential(modules)
+
+
+def plain_cifar(width: int = 8) -> nn.Sequential:
+    """Return a plain network for CIFAR-10 with more layers than it needs: 8 x4 - M - 16 x4 - M - 32 x4, mean, Linear.
+
+    3x3 convolutions with batch norm and ReLU, three stages of four with 2x2 max pooling (M) between them, then the mean
+    over all pixels and one Linear layer: a VGG whose stages are equally long. The last three convolutions of every
+    stage map as many channels to as many, so that their neighbours fit each other without them. Convolutions have no
+    bias.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the first stage, at least 1; the others have twice and four times as many.
+
+    Returns
+    -------
+    nn.Sequential
+        Maps (B, 3, 32, 32) in [0, 1] to (B, 10). Its layers are `conv1` ... `conv12` and `fc`.
+    """
+    modules: OrderedDict[str, nn.Module] = OrderedDict(normalise=Normalise(*CIFAR10))
+    before = 3
+    for stage, channels in enumerate((width, 2 * width, 4 * width), 1):
+        if stage > 1:
+            modules[f"pool{stage - 1}"] = nn.MaxPool2d(2)
+        _add_convolutions(modules, before, channels, count=4)
+        before = channels
+    modules["mean"] = nn.AdaptiveAvgPool2d(1)
+    modules["flatten"] = nn.Flatten()
+    modules["fc"] = nn.Linear(before, 10)
+    return nn.Sequential(modules)
+
+
+def _add_convolutions(modules: OrderedDict[str, nn.Module], before: int, channels: int, count: int) -> None:
+    """Append `count` 3x3 convolutions with batch norm and ReLU, numbered on from those that are there."""
+    number = sum(name.startswith("conv") for name in modules)
+    for _ in range(count):
+        number += 1
+        modules[f"conv{number}"] = nn.Conv2d(before, channels, 3, padding=1, bias=False)
+        modules[f"bn{number}"] = nn.BatchNorm2d(channels)
+        modules[f"relu{number}"] = nn.ReLU()
+        before = channels

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.model.nets import lenet5, resnet_cifar, vgg_bn_small
+from benchmarks.model.nets import lenet5, mlp_mnist, plain_cifar, resnet_cifar, vgg_bn_small
 from nettrim.data import Data, load
 from nettrim.errors import DataError
 from nettrim.network.training import check_classes, check_count, run_epochs
@@ -69,11 +69,18 @@ class Recipe:
     rise: float = 0.2
 
 
+# for narrow networks, whose training takes minutes; small steps' noise costs less than fewer steps would
+_SHORT = Recipe(epochs=16, learning_rate=0.1, batch_size=64, label_smoothing=0.05, padding=4)
+
 #: name -> factory, recipe
 NETS: dict[str, tuple[Callable[[], nn.Module], Recipe]] = {
     "lenet5": (lenet5, Recipe(epochs=8, learning_rate=0.05, batch_size=64)),
     "resnet8": (resnet_cifar, Recipe(epochs=60, learning_rate=0.2, batch_size=128, label_smoothing=0.05, padding=4)),
     "vgg": (vgg_bn_small, Recipe(epochs=20, learning_rate=0.1, batch_size=128, label_smoothing=0.1, padding=4)),
+    "vgg_w16": (partial(vgg_bn_small, width=16), _SHORT),
+    "plain_w8": (plain_cifar, _SHORT),
+    "resnet32_w8": (partial(resnet_cifar, width=8, blocks=5), replace(_SHORT, epochs=9)),
+    "mlp": (mlp_mnist, Recipe(epochs=5, learning_rate=0.05, batch_size=64)),
 }
 
 

@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 from nettrim.errors import ProblemError, UnknownNameError
 from nettrim.methods.alps import Alps
-from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method
+from nettrim.methods.base import AMOUNTS, LayerResult, LayerTask, Method, Shrinks
 from nettrim.methods.exact_obs import Obs, Trace
+from nettrim.methods.ldrf import Ldrf
 from nettrim.methods.magnitude import Magnitude
 from nettrim.methods.masks import Pattern
 from nettrim.methods.net_trim import NetTrim
 from nettrim.methods.obs import LObs, Ranking, ToleranceCurve, tolerance_curve
+from nettrim.methods.shallowing import Shallowing
 from nettrim.methods.sparsegpt import SparseGpt
 from nettrim.methods.wanda import Wanda
 
 #: name -> factory of the method with its default settings
-METHODS: dict[str, Callable[[], Method]] = {
+METHODS: dict[str, Callable[[], Method | Shrinks]] = {
     "net-trim": NetTrim,
     "l-obs": LObs,
     "magnitude": Magnitude,
@@ -24,10 +26,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGpt,
     "alps": Alps,
+    "ldrf": Ldrf,
+    "shallowing": Shallowing,
 }
 
 
-def make_method(method: str | Method) -> Method:
+def make_method(method: str | Method | Shrinks) -> Method | Shrinks:
     """Return the method of that name, or the object itself.
 
     Raises
@@ -35,10 +39,13 @@ def make_method(method: str | Method) -> Method:
     UnknownNameError
         The name is not in `METHODS`.
     ProblemError
-        The object is no method: a class that is still to be called, None, or anything without `prune_layer`.
+        The object is no method: a class that is still to be called, None, or anything that neither prunes layers nor
+        shrinks networks.
     """
     if not isinstance(method, str):
-        complete = callable(getattr(method, "prune_layer", None)) and hasattr(method, "amounts")
+        complete = isinstance(method, Shrinks) or (
+            callable(getattr(method, "prune_layer", None)) and hasattr(method, "amounts")
+        )
         if isinstance(method, type) or not complete or not hasattr(method, "name"):
             found = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
             raise ProblemError(
@@ -58,12 +65,15 @@ __all__ = [
     "LObs",
     "LayerResult",
     "LayerTask",
+    "Ldrf",
     "Magnitude",
     "Method",
     "NetTrim",
     "Obs",
     "Pattern",
     "Ranking",
+    "Shallowing",
+    "Shrinks",
     "SparseGpt",
     "ToleranceCurve",
     "Trace",

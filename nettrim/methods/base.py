@@ -17,7 +17,9 @@ from nettrim.errors import ProblemError
 from nettrim.methods.masks import Pattern
 
 #: what a user may say of how much goes; exactly one. "pattern" is N:M, said in place of a sparsity
-AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern")
+AMOUNTS = ("epsilon", "sparsity", "lam", "kept", "tolerance", "pattern", "channels", "macs", "units")
+#: those that are said of the whole network, for methods that make it smaller
+WHOLE = ("macs", "units")
 #: those that say how many weights stay, for methods that choose them freely
 COUNTS = ("sparsity", "kept")
 #: what a method may need of a layer beside its amount, the most first; who needs less can do with more
@@ -154,6 +156,23 @@ class Method(Protocol):
 
     def prune_layer(self, task: LayerTask) -> LayerResult:
         """Prune one layer."""
+
+
+@runtime_checkable
+class Shrinks(Protocol):
+    """A method that makes the network smaller instead of setting single weights to zero: it has no `prune_layer`."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `METHODS`."""
+
+    @property
+    def amounts(self) -> tuple[str, ...]:
+        """Which of `AMOUNTS` it takes."""
+
+    @property
+    def removes(self) -> str:
+        """What goes: "channels" or "units"."""
 
 
 @runtime_checkable

@@ -24,12 +24,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from nettrim.errors import ProblemError
 from nettrim.network.batches import Batch, Batches
 from nettrim.network.gradual import GradualPruning, competing
-from nettrim.network.losses import Loss, cross_entropy, softened, squared_error
+from nettrim.network.labels import check_targets, is_several
+from nettrim.network.losses import Loss, cross_entropy, several_entropy, softened, squared_error, taught
 from nettrim.network.samples import dense_outputs, joined, moved, taken
 from nettrim.network.support import Support
 from nettrim.network.trace import Traced, trace
 from nettrim.network.training import (
-    check_classes,
     check_count,
     check_labels,
     check_rates,
@@ -73,6 +73,9 @@ class Finished:
 class FineTune:
     """Cross entropy under fixed masks: Adam, a learning rate that falls to zero along a cosine.
 
+    With `mixing` the dense network is a teacher beside the labels, as Shallowing recovers what it removed: the loss is
+    ``(1 − mixing) CE + mixing T² KL(softmax(t/T) ‖ softmax(z/T))`` of its outputs ``t``; of several labels to a sample,
+    (P, K) and floating or bool, it is binary for each. Hinton's formula and these defaults are our reading.
     Trained as `nettrim.network.training.train` does it, in training mode: dropout is on, and batch normalisation goes
     on with its statistics. The weights of the best epoch on the validation samples are kept; the start is one of them.
 
@@ -91,6 +94,10 @@ class FineTune:
         With 0 the last epoch is kept.
     patience : int or None
         Stop after so many epochs without a better one; None goes on to the end.
+    mixing : float
+        In [0, 1]. With 0 there is no teacher; with 1 labels are not needed.
+    temperature : float
+        ``T``, positive.
 
     Raises
     ------
@@ -104,6 +111,8 @@ class FineTune:
     weight_decay: float = 0.0
     validation: float = 0.1
     patience: int | None = 5
+    mixing: float = 0.0
+    temperature: float = 4.0
 
     name: ClassVar[str] = "fine-tune"
     choose: ClassVar[str] = "fixed"
@@ -113,6 +122,10 @@ class FineTune:
         """Refuse settings out of range."""
         _check_common(self)
         check_rates(self.learning_rate, self.weight_decay)
+        if not 0 <= self.mixing <= 1:
+            raise ProblemError(f"mixing is {self.mixing!r}; pass the teacher's share of the loss, in [0, 1]")
+        if not 0 < self.temperature < math.inf:
+            raise ProblemError(f"temperature is {self.temperature!r}; pass a positive number such as 4")
 
     def run(
         self,
@@ -126,24 +139,45 @@ class FineTune:
         progress: bool = False,
         traced: Traced | None = None,
     ) -> Finished:
-        """Fine-tune `model` in place; the arguments are those of `Distill.run`; `teacher` and `traced` are not used.
+        """Fine-tune `model` in place; the arguments are those of `Distill.run`; `traced` is not used.
 
         Raises
         ------
         ProblemError
-            There are no labels, `targets` are not what the masks keep, data or masks do not fit the model, or the loss
-            ceases to be finite.
+            There are no labels, or no teacher, and `mixing` needs them; `targets` are not what the masks keep, data or
+            masks do not fit the model, or the loss ceases to be finite.
         """
-        if labels is None:
+        if labels is None and self.mixing < 1:
             raise ProblemError("fine-tuning needs labels and there are none; pass labels, or distil without any")
+        if teacher is None and self.mixing > 0:
+            raise ProblemError(f"mixing={self.mixing} needs the dense network as teacher; pass it, or mixing=0")
         samples = joined(inputs)
-        check_labels(samples, labels)
+        if labels is not None and not is_several(labels):
+            check_labels(samples, labels)
         with trained_parameters(model) as parameters:
-            samples, classes = moved(samples, parameters[0]), labels.to(parameters[0].device, torch.int64)
-            check_classes(model, samples, classes)
+            samples, several = moved(samples, parameters[0]), labels is not None and is_several(labels)
+            if labels is not None:
+                labels = labels.to(parameters[0].device, parameters[0].dtype if several else torch.int64)
+                check_targets(model, samples, labels)
             support = Support(model, masks)
             competing(support, self.choose, targets)
-            return _finish(model, samples, classes, cross_entropy, support, None, self, parameters, seed, progress)
+            wanted, loss = self._wanted(model, teacher, samples, labels, several)
+            return _finish(model, samples, wanted, loss, support, None, self, parameters, seed, progress)
+
+    def _wanted(
+        self, model: nn.Module, teacher: nn.Module | None, samples: Batch, labels: Tensor | None, several: bool
+    ) -> tuple[Tensor, Loss]:
+        """Return what goes into the loss of each sample, and the loss: with a teacher that is the sample's number."""
+        if teacher is None or self.mixing == 0:
+            assert labels is not None
+            return labels, several_entropy if several else cross_entropy
+        told = dense_outputs(teacher, model, samples)
+
+        def loss(outputs: Tensor, rows: Tensor) -> Tensor:
+            own = None if labels is None else labels[rows]
+            return taught(outputs, own, told[rows], self.mixing, self.temperature, several)
+
+        return torch.arange(len(told), device=told.device), loss
 
     def _optimiser(self, parameters: list[Tensor], steps: int) -> tuple[Optimizer, LRScheduler]:
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)

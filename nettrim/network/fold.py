@@ -76,9 +76,9 @@ def fold(program: Program) -> tuple[Program, tuple[Fold, ...]]:
         if bias is None:
             steps[source] = _with_bias(before, Held(folded_bias))
         moved[index] = source
-    rewired = [_rewired(step, moved) for step in steps]
+    steps = [rewired(step, moved) for step in steps]
     output = program.output._replace(step=moved.get(program.output.step, program.output.step))
-    return without_unused(replace(program, steps=tuple(rewired), output=output)), tuple(folds)
+    return without_unused(replace(program, steps=tuple(steps), output=output)), tuple(folds)
 
 
 def fold_state(state: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
@@ -107,7 +107,8 @@ def unfold(f: Fold, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor) -
     -------
     dict of str to Tensor
         The layer's weight, zero where the folded one is and in channels with ``γ = 0``; and whatever takes up the bias:
-        ``β``, else the layer's own bias, else ``μ``.
+        ``β``, else the layer's own bias, else ``μ``. Of channels whose weight and bias are zero, all of them are: the
+        rounding of a sum would leave a bias that is nearly so.
     """
     scale, shift = _affine(state, f)
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
@@ -119,6 +120,11 @@ def unfold(f: Fold, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor) -
         result[f.bias] = torch.where(scale == 0, state[f.bias], (bias - shift) * inverse)
     else:
         result[f.mean] = torch.where(scale == 0, state[f.mean], -bias * inverse)
+    dead = (weight.flatten(1) == 0).all(1) & (bias == 0)
+    if dead.any():
+        for name in (f.mean, f.shift, f.bias):
+            if name is not None:
+                result[name] = result.get(name, state[name]).masked_fill(dead, 0)
     return result
 
 
@@ -130,7 +136,7 @@ def without_unused(program: Program) -> Program:
             needed.update(ref.step for ref in program.steps[index].refs)
     order = sorted(needed)
     place = {old: new for new, old in enumerate(order)}
-    steps = tuple(_rewired(program.steps[old], place) for old in order)
+    steps = tuple(rewired(program.steps[old], place) for old in order)
     return replace(program, steps=steps, output=program.output._replace(step=place[program.output.step]))
 
 
@@ -186,7 +192,9 @@ def _with_bias(step: Step, bias: Held) -> Step:
     return replace(step, kwargs=step.kwargs | {"bias": bias})
 
 
-def _rewired(step: Step, place: Mapping[int, int]) -> Step:
+def rewired(step: Step, place: Mapping[int, int]) -> Step:
+    """Return a step that reads other steps: the keys of `place` are exchanged for its values."""
+
     def change(leaf: Any) -> Any:
         return leaf._replace(step=place.get(leaf.step, leaf.step)) if isinstance(leaf, Ref) else leaf
 

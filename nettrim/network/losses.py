@@ -50,6 +50,51 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets)
 
 
+def taught(
+    outputs: Tensor, labels: Tensor | None, teacher: Tensor, mixing: float, temperature: float, several: bool
+) -> Tensor:
+    """Return ``(1 − a) CE(z, labels) + a T² KL(softmax(t/T) ‖ softmax(z/T))`` of outputs ``z`` and a teacher's ``t``.
+
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015. With several labels to a sample, both
+    terms are binary, label by label: ``(1 − a) BCE(σ(z), labels) + a T² KL(σ(t/T) ‖ σ(z/T))``. As in `cross_entropy`,
+    the mean is over samples and positions; of several labels, over these too.
+
+    Parameters
+    ----------
+    outputs, teacher : Tensor
+        Of the same shape.
+    labels : Tensor or None
+        Integer classes, those of −100 not counting in the first term; or 0 and 1 of the shape of the outputs, floating
+        or bool. None where ``a = 1``.
+    mixing, temperature : float
+        ``a`` in [0, 1] and ``T > 0``.
+    several : bool
+        Whether a sample has several labels.
+    """
+    own: Tensor | float = 0.0
+    if mixing < 1:
+        assert labels is not None
+        own = several_entropy(outputs, labels) if several else cross_entropy(outputs, labels)
+    if several:
+        divergence = _binary_divergence(teacher / temperature, outputs / temperature).mean()
+    else:
+        ours, theirs = (F.log_softmax(class_rows(each) / temperature, dim=1) for each in (outputs, teacher))
+        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return (1 - mixing) * own + mixing * temperature**2 * divergence
+
+
+def several_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean binary cross entropy over all samples and labels; labels are 0 and 1, of the outputs' shape."""
+    return F.binary_cross_entropy_with_logits(outputs, labels.to(outputs.dtype))
+
+
+def _binary_divergence(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Return ``KL(σ(theirs) ‖ σ(ours))``, entry by entry."""
+    there = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    absent = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+    return there + absent
+
+
 def softened(wanted: Tensor, temperature: float | None, anchor: float) -> Loss:
     """Return the loss ``(1 − anchor) T² KL(softmax(z/T) ‖ softmax(ẑ/T)) + anchor ½ mean (ẑ − z)²`` of ``ẑ`` and ``z``.
 

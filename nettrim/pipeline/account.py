@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from nettrim.network.batches import Batches
 from nettrim.network.calibrate import samples_at_a_time
-from nettrim.network.edit import double_copy, raw_state
+from nettrim.network.edit import raw_state
 from nettrim.network.fold import Fold, fold_state, unfold
+from nettrim.network.modular import ProgramModule
 from nettrim.network.observe import agree
 from nettrim.network.samples import pieces
+from nettrim.network.slim import Slimming
+from nettrim.network.structure import Structure
 from nettrim.network.trace import LayerGraph, LayerSpec, Traced
 from nettrim.pipeline.collect import Collected, Wanted, collect
 from nettrim.pipeline.ledger import build_ledger
@@ -87,13 +91,32 @@ class Account:
         """Return the network as it stands before anything is pruned."""
         return Standing(self, dict(self.dense))
 
-    def of_model(self, model: nn.Module) -> Standing:
-        """Return another model of the same architecture as it stands, such as one that was trained on."""
-        raw = raw_state(double_copy(model))
-        changed = {name: tensor for name, tensor in raw.items() if not torch.equal(tensor, self.raw[name])}
+    def of_state(self, state: Mapping[str, Tensor], slimming: Slimming | None = None) -> Standing:
+        """Return the network of another state as it stands, such as one that was trained on; `slimming` of a smaller
+        one. Entries may be absent: constants of the forward and buffers that a module does not save.
+        """
+        changed = {}
+        for name, tensor in self.raw.items():
+            if name not in self.dtypes or name not in state or (slimming is not None and name in slimming.absent):
+                continue
+            found = state[name].to(tensor.dtype)
+            found = found if slimming is None else slimming.widen(name, found, tensor)
+            if not torch.equal(found, tensor):
+                changed[name] = found
         result = self.standing()
         result.set_raw(changed)
-        return result
+        return result if slimming is None else result.without(slimming)
+
+    def slimming(self, structure: Structure) -> Slimming:
+        """Return how a structure is cut out of the dense network."""
+        return Slimming(self.graph, self.dense, structure)
+
+    def masks(self, layers: Sequence[LayerEvidence], slimming: Slimming | None = None) -> State:
+        """Return which weights of the pruned network are kept, by layer, in the shapes that they have there."""
+        kept = [layer for layer in layers if layer.pruned and not layer.removed]
+        if slimming is None:
+            return {layer.name: layer.mask for layer in kept}
+        return {layer.name: slimming.cut(self.graph.layer(layer.name).weight, layer.mask) for layer in kept}
 
     def collect(
         self, state: Mapping[str, Tensor], wanted: Mapping[str, Wanted], progress: bool
@@ -126,7 +149,19 @@ class Account:
             self.dtypes,
             finish,
             before,
+            {"dense": self._costs(None), "pruned": self._costs(standing.slimming)},
         )
+
+    def _costs(self, slimming: Slimming | None) -> dict[str, int]:
+        """Count the weights of all layers that are there, zeros too, and the multiply-adds of one sample."""
+        weights = multiply_adds = 0
+        for spec in self.graph.layers:
+            if slimming is None or spec.weight not in slimming.absent:
+                cuts = {} if slimming is None else slimming.cuts.get(spec.weight, {})
+                numel = math.prod(len(cuts[k]) if k in cuts else size for k, size in enumerate(spec.shape))
+                weights += numel
+                multiply_adds += spec.positions * numel
+        return {"weights": weights, "multiply_adds": multiply_adds}
 
     def _measure(self, batches: Batches, standing: Standing, layers: Sequence[LayerEvidence], ladder: bool) -> Measured:
         rungs = []
@@ -158,11 +193,14 @@ class Standing:
         Batch norms folded; entries that are the dense network's own are the same objects.
     changed : dict of str to Tensor
         What is replaced, batch norms not folded; values of the model's dtype, in float64.
+    slimming : Slimming or None
+        Of a network that is smaller than the dense one: what is gone, whose folded entries are in `state` alone.
     """
 
     account: Account
     state: State
     changed: State = field(default_factory=dict)
+    slimming: Slimming | None = None
 
     def put(self, spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> None:
         """Replace one layer by a weight ``(M, N)`` and a bias, as its batch norm and the model's dtype let it stand."""
@@ -170,7 +208,10 @@ class Standing:
         fold = self.account.folds.get(spec.weight)
         if fold is not None:
             assert bias is not None
-            entries = unfold(fold, self.account.raw, shaped, bias.double())
+            # all of them, because an earlier weight of the layer may have changed others
+            named = (fold.mean, fold.shift, fold.bias)
+            entries = {name: self.account.raw[name] for name in named if name is not None and name in self.changed}
+            entries |= unfold(fold, self.account.raw, shaped, bias.double())
         else:
             entries = {spec.weight: shaped}
             if spec.bias_name is not None and bias is not None:
@@ -190,6 +231,30 @@ class Standing:
         ]
         folded = fold_state(raw, touched)
         self.state |= {name: folded[name] for fold in touched for name in (fold.weight, fold.folded_bias)}
+
+    def without(self, slimming: Slimming) -> Standing:
+        """Return the same network without what is gone, to be added to no more."""
+        return Standing(self.account, self.state | slimming.gone, self.changed, slimming)
+
+    def steps(self) -> ProgramModule:
+        """Return the network as a module that runs the steps of the forward, in the model's dtypes."""
+        graph, dtypes, slimming = self.account.graph, self.account.dtypes, self.slimming
+        program = graph.program if slimming is None else slimming.program()
+        read = dict.fromkeys(name for step in program.steps for name in step.held)
+        # a folded batch norm has the dtype of the weight that it is folded into
+        kinds = {layer.bias_name: dtypes[layer.weight] for layer in graph.layers} | dtypes
+        cut = {name: self.state[name] if slimming is None else slimming.cut(name, self.state[name]) for name in read}
+        return ProgramModule(program, {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in cut.items()})
+
+    def raw(self) -> State:
+        """Return the parameters and buffers of the network as it stands, batch norms not folded, in the model's dtypes."""
+        slimming, entries = self.slimming, self.account.raw | self.changed
+        absent = set() if slimming is None else slimming.absent
+        return {
+            name: (entries[name] if slimming is None else slimming.cut(name, entries[name])).to(dtype)
+            for name, dtype in self.account.dtypes.items()
+            if name not in absent
+        }
 
     def arrays(self, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
         """Return a layer's weight and bias as they are kept: float64 where a batch norm is folded, else the model's."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nettrim.core.problem import check_seed
 from nettrim.errors import NetTrimError, ProblemError, RunError
-from nettrim.methods import METHODS, Method, make_method
+from nettrim.methods import METHODS, Method, Shrinks, make_method
 from nettrim.network.batches import Batches, read_batches
 from nettrim.network.observe import call
 from nettrim.network.trace import LayerGraph
@@ -39,7 +39,7 @@ from nettrim.pipeline.store import require_free
 class Cell:
     """One row that is asked for: checked, and not yet run."""
 
-    method: Method
+    method: Method | Shrinks
     value: Any
     row: Row
 
@@ -47,7 +47,7 @@ class Cell:
 def compare(
     model: nn.Module,
     batches: Iterable[Any],
-    methods: Sequence[str | Method],
+    methods: Sequence[str | Method | Shrinks],
     budgets: Sequence[Any],
     *,
     schedules: Sequence[str] = ("cascade",),
@@ -162,7 +162,7 @@ def compare(
 def plan_grid(
     model: nn.Module,
     batches: Batches,
-    methods: Sequence[str | Method],
+    methods: Sequence[str | Method | Shrinks],
     budgets: Sequence[Any],
     schedules: Sequence[str] = ("cascade",),
     layers: str | list[str] | tuple[str, ...] = "all",
@@ -301,7 +301,7 @@ def _several(name: str, values: Any) -> list[Any]:
     return found
 
 
-def _label(method: Method) -> str:
+def _label(method: Method | Shrinks) -> str:
     """Return a method's name, and the settings that are not those that the name alone stands for."""
     settings: tuple[Field[Any], ...] = fields(method) if is_dataclass(method) else ()
     plain = METHODS[method.name]() if method.name in METHODS else None

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods.base import COUNTS
 from nettrim.network.batches import Batches
-from nettrim.network.edit import frozen_copy
+from nettrim.network.edit import double_copy, frozen_copy, raw_state
 from nettrim.network.finishing import Distill, FineTune, Finished
 from nettrim.network.observe import call, output_of
 from nettrim.network.reestimate import Reestimate
+from nettrim.network.slim import Slimming
 from nettrim.network.trace import Traced
 from nettrim.network.training import check_classes, check_labels
 from nettrim.pipeline.account import Account, Standing
@@ -149,8 +150,11 @@ def run_finish(
     targets: Mapping[str, int] | int | None,
     seed: int,
     progress: bool,
+    slimming: Slimming | None = None,
 ) -> tuple[nn.Module, list[LayerEvidence], dict[str, Any]]:
     """Train a copy of the pruned network on; return it, its layers, and what was done as JSON values.
+
+    A smaller network, of which `slimming` says what is gone, has no zeros to hold: all that is left is trained.
 
     Raises
     ------
@@ -159,7 +163,7 @@ def run_finish(
     """
     model, batches = frozen_copy(pruned), account.batches
     labels = batches.labels()
-    masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
+    masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned and slimming is None}
     held = {name: int(mask.sum()) for name, mask in masks.items()}
     # a weight may be zero without having been pruned, and what is not there cannot be left
     if isinstance(targets, Mapping):
@@ -168,7 +172,7 @@ def run_finish(
         left = targets if targets is None else min(sum(held.values()), targets)
     done = finish.run(model, frozen_copy(dense), batches, labels, masks, left, seed, progress, traced)
     model.requires_grad_(False).eval()
-    final = finished_layers(layers, account.of_model(model))
+    final = finished_layers(layers, account.of_state(raw_state(double_copy(model)), slimming))
     wrong = overstepped(layers, final, targets)
     if wrong:
         raise ProblemError(f"finish={finish.name!r} is not what finishing may be: {wrong[0]}.")
@@ -197,9 +201,9 @@ def overstepped(
 ) -> list[str]:
     """Return in what a network that was trained on keeps more than it may; layers that were left dense do not count."""
     pairs = [(before, after) for before, after in zip(layers, final, strict=True) if before.pruned]
-    back = {after.name: int(((after.weight != 0) & (before.weight == 0)).sum()) for before, after in pairs}
+    back = {after.name: int((after.mask & ~before.mask).sum()) for before, after in pairs}
     wrong = [f"{name} has {count} weights back that were pruned" for name, count in back.items() if count]
-    kept = {after.name: int((after.weight != 0).sum()) for _, after in pairs}
+    kept = {after.name: int(after.mask.sum()) for _, after in pairs}
     if isinstance(targets, Mapping):
         more = [(name, kept[name], count) for name, count in targets.items()]
     else:
@@ -215,4 +219,5 @@ def with_weights(layer: LayerEvidence, weight: Tensor, bias: Tensor | None) -> L
         bias is None or layer.dense_bias is None or torch.equal(bias, layer.dense_bias)
     )
     pruned = layer.pruned or not unchanged
-    return replace(layer, weight=weight, bias=bias, pruned=pruned, multipliers=None, facts={}, seconds=0.0)
+    facts = {"removed": True} if layer.removed else {}
+    return replace(layer, weight=weight, bias=bias, pruned=pruned, multipliers=None, facts=facts, seconds=0.0)

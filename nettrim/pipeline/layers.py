@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nettrim.methods import LayerResult, LayerTask
+from nettrim.methods import LayerResult, LayerTask, Shrinks
 from nettrim.methods.base import COUNTS, needs
 from nettrim.methods.masks import keep_largest
+from nettrim.network.slim import Slimming
 from nettrim.network.trace import LayerGraph, LayerSpec
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.collect import Collected, Wanted, choose_rows, decide, packs
@@ -70,6 +71,7 @@ def prune_waves(
         Layers that are finished already.
     """
     graph, found = plan.graph, found or {}
+    assert not isinstance(plan.method, Shrinks)
     evidence: dict[str, LayerEvidence] = {}
     proofs: dict[str, Proof] = {}
     soiled = behind_pruned(graph) if plan.schedule == "cascade" else set()
@@ -124,9 +126,17 @@ def prune_waves(
 
 
 def replay(
-    account: Account, layers: Sequence[LayerEvidence], schedule: str, rows: int | None, seed: int
+    account: Account,
+    layers: Sequence[LayerEvidence],
+    schedule: str,
+    rows: int | None,
+    seed: int,
+    slimming: Slimming | None = None,
 ) -> tuple[Standing, dict[str, Proof]]:
-    """Put finished layers into the dense network, wave after wave as they were solved, and return what they prove."""
+    """Put finished layers into the dense network, wave after wave as they were solved, and return what they prove.
+
+    What is gone of a smaller network is put in as it is, not through its batch norms.
+    """
     graph, standing = account.graph, account.standing()
     evidence = {layer.name: layer for layer in layers}
     proofs: dict[str, Proof] = {}
@@ -148,7 +158,7 @@ def replay(
             trim()
         for name in wave:
             standing.put(graph.layer(name), evidence[name].weight, evidence[name].bias)
-    return standing, proofs
+    return standing if slimming is None else standing.without(slimming), proofs
 
 
 def at_sum(graph: LayerGraph, name: str, due: set[str]) -> bool:

@@ -38,6 +38,7 @@ def build_ledger(
     dtypes: Mapping[str, torch.dtype],
     finish: dict[str, Any] | None = None,
     before: Ledger | None = None,
+    costs: dict[str, dict[str, int]] | None = None,
 ) -> Ledger:
     """Make the ledger from evidence.
 
@@ -59,6 +60,8 @@ def build_ledger(
         How the network was trained on.
     before : Ledger, optional
         Of the merely pruned network.
+    costs : dict, optional
+        Of the dense and the pruned network.
     """
     specs = {spec.name: spec for spec in graph.layers}
     norms = {layer.name: _norms(specs[layer.name], layer, graph) for layer in layers}
@@ -103,6 +106,7 @@ def build_ledger(
         unsupported=dict(graph.unsupported),
         finish=finish,
         before=before,
+        costs=costs or {},
     )
 
 
@@ -129,7 +133,7 @@ def _record(
         kind=spec.kind,
         rows=0 if proof is None else proof.rows,
         total_rows=total,
-        kept=int((layer.weight != 0).sum()),
+        kept=int(layer.mask.sum()),
         numel=layer.weight.numel(),
         objective=None if proof is None else proof.objective,
         lower_bound=None if proof is None else proof.lower_bound,

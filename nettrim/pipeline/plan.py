@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nettrim.core.problem import FORMS
 from nettrim.core.support import kept_count
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
-from nettrim.methods import AMOUNTS, Method, make_method
+from nettrim.methods import AMOUNTS, Method, Shrinks, make_method
 from nettrim.methods.base import COUNTS, ChecksAmount, LooksAhead
 from nettrim.methods.masks import Pattern
 from nettrim.network.batches import Batches
@@ -32,7 +32,7 @@ class Plan:
 
     Attributes
     ----------
-    method : Method
+    method : Method or Shrinks
     schedule : str
     traced : Traced
         The model, observed on the first of the samples.
@@ -55,7 +55,7 @@ class Plan:
         less the pruned trunk.
     """
 
-    method: Method
+    method: Method | Shrinks
     schedule: str
     traced: Traced
     waves: list[list[str]]
@@ -77,7 +77,7 @@ class Plan:
     def make(
         model: nn.Module,
         batches: Batches,
-        method: str | Method,
+        method: str | Method | Shrinks,
         schedule: str,
         layers: Any,
         ignore: Any,
@@ -101,11 +101,17 @@ class Plan:
         said = _forms(graph, chosen, forms)
         if residual not in ("own", "sum"):
             raise UnknownNameError(f"residual={residual!r} is unknown: use own or sum.")
+        if isinstance(chosen, Shrinks) and schedule != "cascade":
+            raise UnsupportedError(
+                f"method {chosen.name!r} makes the network smaller from its input to its output, and "
+                f"schedule={schedule!r} was given: use cascade."
+            )
         overall = amounts.get("sparsity")
         if not isinstance(overall, Overall):
             kind, values = resolve_amount(graph, chosen, amounts)
             _check_settings(chosen, kind, graph)
-            made = make_finish(finish, kind, overall=False)
+            # what is left of a smaller network is dense: finishing has no weights to choose
+            made = make_finish(finish, "channels" if isinstance(chosen, Shrinks) else kind, overall=False)
             plan = Plan(chosen, schedule, traced, order, kind, values, finish=made, forms=said, residual=residual)
             if plan.finish is not None and plan.finish.choose != "fixed":
                 final = plan.counts()
@@ -194,13 +200,13 @@ class Plan:
         return kept
 
 
-def _check_settings(method: Method, amount: str, graph: LayerGraph) -> None:
+def _check_settings(method: Method | Shrinks, amount: str, graph: LayerGraph) -> None:
     """Let a method refuse, before any work, an amount that does not go with its settings."""
     if isinstance(method, ChecksAmount):
         method.check_amount(amount, any(layer.bias for layer in graph.selected))
 
 
-def _forms(graph: LayerGraph, method: Method, forms: Mapping[str, str] | None) -> dict[str, str]:
+def _forms(graph: LayerGraph, method: Method | Shrinks, forms: Mapping[str, str] | None) -> dict[str, str]:
     """Return the forms that were said of single layers.
 
     Raises

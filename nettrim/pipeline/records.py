@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nettrim.core.solution import Status
@@ -39,6 +40,16 @@ class LayerEvidence:
     multipliers: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def removed(self) -> bool:
+        """Whether the layer is gone with its unit; its weight here is what the network without it is like."""
+        return bool(self.facts.get("removed"))
+
+    @property
+    def mask(self) -> Tensor:
+        """The weights that are kept, of the weight's shape; none of a layer that is gone."""
+        return torch.zeros_like(self.weight, dtype=torch.bool) if self.removed else self.weight != 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,63 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One run of a chain: from which network to which, and how far apart these are.
+
+    Attributes
+    ----------
+    method : str
+    finish : str or None
+        How the network was trained on, if it was.
+    bound, measured, output_norm : float
+        Of its own ledger: on ``‖ŷ − y‖_F`` against the network that it started from.
+    kept, numel : int
+        Weights of its pruned layers.
+    before, after, data : str
+        Digests of the network that it started from, of the one that it gave, and of the calibration samples.
+    """
+
+    method: str
+    finish: str | None
+    bound: float
+    measured: float
+    output_norm: float
+    kept: int
+    numel: int
+    before: str
+    after: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What several runs did together, from the first network to the last.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+    bound : float or None
+        On `measured`: the sum of the runs' bounds; None where they do not add up.
+    why : str or None
+        Why they do not.
+    measured, output_norm : float
+        ``‖y_k − y₀‖_F`` and ``‖y₀‖_F`` at the output, on the last run's calibration samples.
+    held_out : float or None
+        Their ratio on the held-out samples.
+    accuracy : dict
+        Split to {"dense", "pruned"}: of the first network and the last.
+    """
+
+    stages: tuple[Stage, ...]
+    bound: float | None
+    why: str | None
+    measured: float
+    output_norm: float
+    held_out: float | None
+    accuracy: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The whole network's account.
 
@@ -143,6 +211,10 @@ class Ledger:
         How the network was trained on after pruning; None for one that is merely pruned.
     before : Ledger or None
         Of the merely pruned network, where it was trained on: certificates are of its weights.
+    costs : dict
+        "dense" and "pruned": weights of all layers that are there, and multiply-adds of one sample.
+    chain : Chain or None
+        From the network that the first of several runs started from, where there was a run before this one.
     """
 
     method: str
@@ -159,6 +231,8 @@ class Ledger:
     unsupported: dict[str, str] = field(default_factory=dict)
     finish: dict[str, Any] | None = None
     before: Ledger | None = None
+    costs: dict[str, dict[str, int]] = field(default_factory=dict)
+    chain: Chain | None = None
 
     @property
     def kept(self) -> int:

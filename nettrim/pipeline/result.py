@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nettrim.errors import NetTrimError, RunError
+from nettrim.errors import NetTrimError, ProblemError, RunError, UnknownNameError
 from nettrim.network.edit import frozen_copy
 from nettrim.network.modular import ProgramModule
+from nettrim.network.structure import Structure
 from nettrim.pipeline.account import Account, Standing
 from nettrim.pipeline.files import read_json, read_tensors
 from nettrim.pipeline.finish import finished_layers
-from nettrim.pipeline.records import LayerEvidence, LayerRecord, Ledger
-from nettrim.pipeline.store import SCHEMA, RunStore, layer_file, read_account, read_layer
+from nettrim.pipeline.records import Chain, LayerEvidence, LayerRecord, Ledger, Stage
+from nettrim.pipeline.store import SCHEMA, RunStore, layer_file, read_account, read_first, read_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,13 @@ class PruneResult:
     account : Account or None
         The traced network and its samples; None of a run that was read back and had them not stored.
     stored : dict of str to Tensor, or None
-        The module's weights as they were read, where `model` runs the stored steps: these have batch norms folded.
+        The module's weights, where `model` runs steps instead of the class's forward: those have batch norms folded.
+    structure : Structure or None
+        Which channels and units `model` is without; None where it has all.
+    first : Account or None
+        Of the network that the first of several runs started from; None where this run was the first.
+    about : dict
+        How a structure was chosen, as JSON values: "probes" of a method that looked at features.
     """
 
     model: nn.Module
@@ -53,6 +59,9 @@ class PruneResult:
     final: list[LayerEvidence]
     account: Account | None
     stored: dict[str, Tensor] | None = None
+    structure: Structure | None = None
+    first: Account | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory: weights, masks, evidence, ledger, settings. Files appear whole or not at all.
@@ -67,8 +76,13 @@ class PruneResult:
         store = RunStore.create(directory, self.settings, self.account)
         for layer in self.layers:
             store.write_layer(layer)
+        self.write_end(store)
+
+    def write_end(self, store: RunStore) -> None:
+        """Write what is known only at the end into a run directory that has the layers."""
         state = self.model.state_dict() if self.stored is None else self.stored
-        store.finish(state, self.final, self.ledger)
+        structure = None if self.structure is None else self.structure.as_dict() | self.about
+        store.finish(state, self.masks, self.ledger, structure, self.first)
 
 
 def load_result(directory: str | Path, model: nn.Module | None = None) -> PruneResult:
@@ -102,8 +116,12 @@ def _load(path: Path, model: nn.Module | None) -> PruneResult:
     final = layers
     if run["finish"] is not None and account is not None:
         final = finished_layers(layers, model_standing(path, account))
+    about = read_json(path / "structure.json") if "structure.json" in run["files"] else None
+    structure = None if about is None else Structure.of_dict(about)
     if model is not None:
         network = frozen_copy(model)
+        if structure is not None and account is not None:
+            network = _smaller(model, model_standing(path, account))
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -114,13 +132,24 @@ def _load(path: Path, model: nn.Module | None) -> PruneResult:
         why = "; ".join(run["not_stored"].values())
         raise RunError(f"{path} does not hold the network's forward ({why}): pass model, a module of its class.")
     else:
-        program, standing = account.graph.program, model_standing(path, account)
-        read = dict.fromkeys(name for step in program.steps for name in step.held)
-        # a folded batch norm has the dtype of the weight that it is folded into
-        kinds = {layer.bias_name: account.dtypes[layer.weight] for layer in account.graph.layers} | account.dtypes
-        network = ProgramModule(program, {name: standing.state[name].to(kinds[name]) for name in read})
+        network = model_standing(path, account).steps()
     ledger = _ledger(read_json(path / "ledger.json"))
-    return PruneResult(network, ledger, masks, run, layers, final, account, state if model is None else None)
+    stored = state if isinstance(network, ProgramModule) else None
+    how = {key: value for key, value in (about or {}).items() if key not in ("channels", "removed")}
+    first = None if account is None else read_first(path, run, account)
+    return PruneResult(network, ledger, masks, run, layers, final, account, stored, structure, first, how)
+
+
+def _smaller(model: nn.Module, standing: Standing) -> nn.Module:
+    """Return a copy of a dense module's class without what is gone."""
+    assert standing.slimming is not None
+    try:
+        found = standing.slimming.module(model, standing.changed, standing.state, standing.account.batches.first(1))
+    except (ProblemError, UnknownNameError) as error:
+        raise RunError(f"model is not of the dense network that was pruned: {error}") from error
+    if found is None:
+        raise RunError("model is of a class that cannot be made smaller: load the result without it.")
+    return found
 
 
 @contextmanager
@@ -188,29 +217,32 @@ def model_standing(path: Path, account: Account) -> Standing:
         A layer's weight or bias, or its batch norm, is missing in the stored model.
     """
     state, _ = read_tensors(path / "model.safetensors")
+    slimming = None
+    if (path / "structure.json").is_file():
+        slimming = account.slimming(Structure.of_dict(read_json(path / "structure.json")))
+    absent = set() if slimming is None else slimming.absent
     folded = {fold.folded_bias for fold in account.graph.folds}
     needed = [name for spec in account.graph.layers for name in (spec.weight, spec.bias_name) if name not in folded]
     needed += [
         name for fold in account.graph.folds for name in (fold.bias, fold.mean, fold.variance, fold.scale, fold.shift)
     ]
     # other entries may be absent: constants of the forward and buffers that a module does not save
-    missing = [name for name in needed if name is not None and name not in state]
+    missing = [name for name in needed if name is not None and name not in state and name not in absent]
     if missing:
         raise KeyError(f"model.safetensors has no {', '.join(missing)}")
-    changed = {}
-    for name, tensor in account.raw.items():
-        if name in account.dtypes and name in state and not torch.equal(state[name].to(tensor.dtype), tensor):
-            changed[name] = state[name].to(tensor.dtype)
-    standing = account.standing()
-    standing.set_raw(changed)
-    return standing
+    return account.of_state(state, slimming)
+
+
+def _chain(stored: dict[str, Any]) -> Chain:
+    return Chain(**(stored | {"stages": tuple(Stage(**stage) for stage in stored["stages"])}))
 
 
 def _ledger(stored: dict[str, Any]) -> Ledger:
     try:
         records = tuple(LayerRecord(**record) for record in stored["records"])
-        rest = {key: value for key, value in stored.items() if key not in ("schema", "records", "before")}
+        rest = {key: value for key, value in stored.items() if key not in ("schema", "records", "before", "chain")}
         before = None if stored["before"] is None else _ledger(stored["before"])
-        return Ledger(records=records, before=before, **rest)
+        chain = None if stored["chain"] is None else _chain(stored["chain"])
+        return Ledger(records=records, before=before, chain=chain, **rest)
     except (KeyError, TypeError) as error:
         raise RunError(f"ledger.json does not hold a ledger of this version: {error}.") from error

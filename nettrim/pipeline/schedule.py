@@ -8,7 +8,8 @@ from typing import Any
 
 from nettrim.core.problem import check_amount, check_count
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
-from nettrim.methods import AMOUNTS, Method
+from nettrim.methods import AMOUNTS, Method, Shrinks
+from nettrim.methods.base import WHOLE
 from nettrim.methods.masks import Pattern
 from nettrim.network.trace import LayerGraph, LayerSpec
 
@@ -62,7 +63,7 @@ def per_layer(names: list[str], value: Mapping[str, Any], kind: str, complete: b
 
 
 def resolve_amount(
-    graph: LayerGraph, method: Method, amounts: Mapping[str, Any]
+    graph: LayerGraph, method: Method | Shrinks, amounts: Mapping[str, Any]
 ) -> tuple[str, dict[str, float | Pattern]]:
     """Return which amount was given, and its value for every layer to prune.
 
@@ -71,14 +72,16 @@ def resolve_amount(
     graph : LayerGraph
     method : Method
     amounts : mapping
-        "epsilon", "sparsity", "kept", "lam" and "tolerance", exactly one not None: a number for every layer, or a dict
-        from layer name or pattern to number.
+        By kind, exactly one not None: a number for every layer, or a dict from layer name or pattern to number; of
+        "channels" a dict may leave layers out, which keep all. What is said of the whole network is said of every
+        layer.
 
     Raises
     ------
     ProblemError
         None or two were given, or a value is out of range: ``epsilon, lam, tolerance > 0``, ``0 ≤ sparsity < 1``,
-        ``1 ≤ kept ≤`` the layer's weights; or an N:M pattern does not divide a layer's rows.
+        ``1 ≤ kept ≤`` the layer's weights, ``0 < channels, macs ≤ 1``, ``units ≥ 1``; or an N:M pattern does not divide
+        a layer's rows.
     UnsupportedError
         The method does not take that amount.
     UnknownNameError
@@ -87,10 +90,16 @@ def resolve_amount(
     given = {kind: amounts[kind] for kind in AMOUNTS if amounts.get(kind) is not None}
     if len(given) != 1:
         found = "none was given" if not given else " and ".join(f"{k}={v}" for k, v in given.items()) + " were given"
-        raise ProblemError(f"give exactly one of epsilon, sparsity, kept, lam and tolerance: {found}.")
+        kinds = ", ".join(method.amounts)
+        raise ProblemError(f"give exactly one of {kinds} to method {method.name!r}: {found}.")
     kind, value = next(iter(given.items()))
     names = [layer.name for layer in graph.selected]
-    values = per_layer(names, value, kind) if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    whole = kind in WHOLE or (isinstance(method, Shrinks) and kind != "channels")
+    if isinstance(value, Mapping) and whole:
+        raise ProblemError(f"{kind}={value!r} is said of single layers: method {method.name!r} takes a single number.")
+    values: dict[str, Any] = dict.fromkeys(names, 1.0 if isinstance(value, Mapping) else value)
+    if isinstance(value, Mapping):
+        values |= per_layer(names, value, kind, complete=kind != "channels")
     if kind == "sparsity" and any(isinstance(number, Pattern) for number in values.values()):
         kind = "pattern"
     if kind not in method.amounts:
@@ -115,6 +124,12 @@ def _checked(kind: str, number: Any, layer: LayerSpec) -> float | Pattern:
         if count > numel:
             raise ProblemError(f"kept={count} is out of range: layer {layer.name!r} has {numel} weights.")
         return count
+    if kind == "units":
+        return check_count(kind, number)
+    if kind in ("channels", "macs"):
+        if not check_amount(kind, number) <= 1:
+            raise ProblemError(f"{kind}={number:g} is out of range: it is the fraction that stays, in (0, 1].")
+        return float(number)
     if kind != "sparsity":
         return check_amount(kind, number)
     try:

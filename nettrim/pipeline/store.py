@@ -2,7 +2,7 @@
 
 ``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it
 was solved); ``network.json`` and ``network.safetensors`` (the dense network as a program, and its weights) and
-``samples/``, from which `verify` runs everything again; ``ledger.json``; ``run.json`` (settings, versions, host,
+``samples/``, from which `verify` runs everything again; ``ledger.json``; ``structure.json`` (what a smaller network is without); ``run.json`` (settings, versions, host,
 fingerprints, and the digest of every other file).
 """
 
@@ -40,7 +40,7 @@ from nettrim.pipeline.files import (
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.records import LayerEvidence, Ledger
 
-SCHEMA = 3
+SCHEMA = 4
 _SPLITS = ("calibration", "held-out")
 
 
@@ -156,12 +156,27 @@ class RunStore:
         self._file(layer_file(layer.name), tensor_bytes(tensors, about))
         self._write_run()
 
-    def finish(self, state: Mapping[str, Any], layers: list[LayerEvidence], ledger: Ledger) -> None:
-        """Write what is known only at the end; `state` is that of the pruned module."""
+    def finish(
+        self,
+        state: Mapping[str, Any],
+        masks: Mapping[str, Tensor],
+        ledger: Ledger,
+        structure: Mapping[str, Any] | None = None,
+        first: Account | None = None,
+    ) -> None:
+        """Write what is known only at the end.
+
+        `state` is that of the pruned module, `structure` what it is without, `first` the network that the first of
+        several runs started from.
+        """
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         self._file("model.safetensors", tensor_bytes(tensors))
-        masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned}
-        self._file("masks.safetensors", tensor_bytes(masks))
+        self._file("masks.safetensors", tensor_bytes(dict(masks)))
+        if structure is not None:
+            self._file("structure.json", json_bytes(dict(structure)))
+        if first is not None and "network" not in self.run["not_stored"]:
+            self._file("first.json", json_bytes(network_json(first.graph)))
+            self._file("first.safetensors", _network_bytes(first))
         self._file("ledger.json", json_bytes({"schema": SCHEMA} | ledger.as_dict()))
         self.run["state"] = "finished"
         self._write_run()
@@ -170,8 +185,7 @@ class RunStore:
         wanted: dict[str, bytes] = {}
         if "network" not in self.run["not_stored"]:
             wanted["network.json"] = json_bytes(network_json(account.graph))
-            raw = {name: tensor.to(account.dtypes.get(name, tensor.dtype)) for name, tensor in account.raw.items()}
-            wanted["network.safetensors"] = tensor_bytes(raw)
+            wanted["network.safetensors"] = _network_bytes(account)
             if "samples" not in self.run["not_stored"]:
                 wanted |= {
                     f"samples/{split}.safetensors": _sample_bytes(batches) for split, batches in _splits(account)
@@ -189,6 +203,10 @@ class RunStore:
         self.run.pop("digest", None)
         self.run["digest"] = digest_json(self.run)
         write_atomically(self.directory / "run.json", json_bytes(self.run))
+
+
+def _network_bytes(account: Account) -> bytes:
+    return tensor_bytes({name: t.to(account.dtypes.get(name, t.dtype)) for name, t in account.raw.items()})
 
 
 def _splits(account: Account) -> list[tuple[str, Batches]]:
@@ -237,16 +255,7 @@ def read_account(path: Path, run: Mapping[str, Any]) -> Account:
     RunError
         A file is missing, truncated, or of something else.
     """
-    stored = read_json(path / "network.json")
-    tensors, _ = read_tensors(path / "network.safetensors")
-    graph = LayerGraph(
-        from_json(stored["program"]),
-        tuple(Fold(**fold) for fold in stored["folds"]),
-        tuple(_layer_spec(layer) for layer in stored["layers"]),
-        tuple((name, why) for name, why in stored["unsupported"]),
-    )
-    raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    graph, raw, dtypes = _read_network(path, "network")
     limit = run["memory_limit"]
     splits = [
         _read_samples(path / f"samples/{split}.safetensors", limit) if split in run["data"] else None
@@ -255,6 +264,32 @@ def read_account(path: Path, run: Mapping[str, Any]) -> Account:
     if splits[0] is None:
         raise RunError(f"{path / 'run.json'} names no calibration samples, so it is not of a run directory.")
     return Account(graph, raw, dtypes, splits[0], splits[1], limit)
+
+
+def read_first(path: Path, run: Mapping[str, Any], account: Account) -> Account | None:
+    """Return the network that the first of several runs started from, on this run's samples; None if this was it.
+
+    Raises
+    ------
+    RunError
+        A file is missing, truncated, or of something else.
+    """
+    if "first.json" not in run["files"]:
+        return None
+    return Account(*_read_network(path, "first"), account.batches, account.held, account.memory_limit)
+
+
+def _read_network(path: Path, name: str) -> tuple[LayerGraph, dict[str, Tensor], dict[str, torch.dtype]]:
+    stored = read_json(path / f"{name}.json")
+    tensors, _ = read_tensors(path / f"{name}.safetensors")
+    graph = LayerGraph(
+        from_json(stored["program"]),
+        tuple(Fold(**fold) for fold in stored["folds"]),
+        tuple(_layer_spec(layer) for layer in stored["layers"]),
+        tuple((name, why) for name, why in stored["unsupported"]),
+    )
+    raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return graph, raw, {name: tensor.dtype for name, tensor in tensors.items()}
 
 
 def _layer_spec(stored: Mapping[str, Any]) -> LayerSpec:

@@ -16,12 +16,13 @@ import torch
 
 from nettrim.errors import ProblemError, RunError
 from nettrim.pipeline.account import Account, Standing
-from nettrim.pipeline.files import digest_json, read_json, read_tensors
+from nettrim.pipeline.chain import link, stage
+from nettrim.pipeline.files import digest_json, digest_tensors, read_json, read_tensors
 from nettrim.pipeline.finish import finished_layers, overstepped
 from nettrim.pipeline.layers import replay
-from nettrim.pipeline.records import LayerEvidence, Ledger
+from nettrim.pipeline.records import LayerEvidence, Ledger, Stage
 from nettrim.pipeline.result import model_standing, progress_of, read_run, run_layer, run_of_this_version
-from nettrim.pipeline.store import SCHEMA, layer_file, read_account
+from nettrim.pipeline.store import SCHEMA, layer_file, read_account, read_first
 
 _ERRORS = ("measured", "_error", "_change", "promised", "bound", "drift", "ceiling_norm", "radius", "asked")
 _CLOSE = 1e-6  # relative; figures are float64 sums over up to 1e8 terms, on another processor perhaps
@@ -96,7 +97,7 @@ def _verify(path: Path) -> Verification:
         try:
             account = read_account(path, run)
             done, final = _final(path, run, layers, account)
-            rebuilt = _rebuild(run, stored, layers, done, final, account)
+            rebuilt = _rebuild(path, run, stored, layers, done, final, account)
         except (ProblemError, KeyError, RuntimeError) as error:
             failures.append(f"the stored layers do not fit together: {str(error).splitlines()[0]}")
             return Verification(checked, tuple(failures), "finished")
@@ -116,6 +117,7 @@ def _verify(path: Path) -> Verification:
 
 
 def _rebuild(
+    path: Path,
     run: dict[str, Any],
     stored: dict[str, Any],
     layers: list[LayerEvidence],
@@ -124,12 +126,19 @@ def _rebuild(
     account: Account,
 ) -> Ledger:
     """Put the stored layers into the stored network, and make the ledger of that; nothing is solved."""
-    standing, proofs = replay(account, layers, run["schedule"], run["rows"], run["seed"])
+    standing, proofs = replay(account, layers, run["schedule"], run["rows"], run["seed"], done.slimming)
     ledger = account.ledger(run["method"], run["schedule"], standing, layers, proofs)
-    if run["finish"] is None:
+    if run["finish"] is not None:
+        # how it was trained on is taken over, not recomputed
+        ledger = account.ledger(run["method"], run["schedule"], done, final, {}, stored["finish"], ledger)
+    first = read_first(path, run, account)
+    if first is None:
         return ledger
-    # how it was trained on is taken over, not recomputed
-    return account.ledger(run["method"], run["schedule"], done, final, {}, stored["finish"], ledger)
+    # earlier runs have directories of their own; that each started where the one before it ended, their digests say
+    *earlier, last = (Stage(**said) for said in stored["chain"]["stages"])
+    state, _ = read_tensors(path / "model.safetensors")
+    own = stage(ledger, last.before, digest_tensors(state), account)
+    return replace(ledger, chain=link(first, [*earlier, own], account, done))
 
 
 def _final(
@@ -162,7 +171,12 @@ def _check_model(
 ) -> tuple[int, list[str]]:
     """Hold model and masks against the layers' files."""
     masks, _ = read_tensors(path / "masks.safetensors")
-    wrong = []
+    wanted = account.masks(layers, standing.slimming)
+    wrong = [
+        f"masks.safetensors: {name} is not where the weight is kept."
+        for name in sorted({*masks, *wanted})
+        if name not in masks or name not in wanted or not torch.equal(masks[name], wanted[name])
+    ]
     for layer in layers:
         spec = account.graph.layer(layer.name)
         for key, kept, given in zip(("weight", "bias"), standing.arrays(spec), (layer.weight, layer.bias), strict=True):
@@ -171,8 +185,6 @@ def _check_model(
                 kept is not None and given is not None and not torch.allclose(kept, given, rtol=1e-12, atol=0)
             ):
                 wrong.append(f"model.safetensors: {key} of {layer.name} is not the one in {layer_file(layer.name)}.")
-        if layer.pruned and (layer.name not in masks or not torch.equal(masks[layer.name], layer.weight != 0)):
-            wrong.append(f"masks.safetensors: {layer.name} is not where the weight is kept.")
     return 3 * len(layers), wrong
 
 

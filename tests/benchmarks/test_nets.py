@@ -1,4 +1,4 @@
-"""The convolutional networks: their layers are the papers', and training them leaves weights that can be read."""
+"""The networks: their layers are the papers', and training them leaves weights that can be read."""
 
 import json
 import math
@@ -13,14 +13,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.model import train_nets
-from benchmarks.model.nets import CIFAR10, MNIST, BasicBlock, Normalise, lenet5, resnet_cifar, vgg_bn_small
+from benchmarks.model.nets import (
+    CIFAR10,
+    MNIST,
+    BasicBlock,
+    Normalise,
+    lenet5,
+    mlp_mnist,
+    plain_cifar,
+    resnet_cifar,
+    vgg_bn_small,
+)
 from benchmarks.model.train_nets import NETS, Recipe, ShiftAndMirror, main, make, measure, one_cycle, train_net
 from nettrim.data import Data, Split, load
 from nettrim.errors import DataError, ProblemError
 from nettrim.loading import load_model
 from nettrim.pipeline.files import digest_tensors
 
-SHAPES = {"lenet5": (1, 28, 28), "resnet8": (3, 32, 32), "vgg": (3, 32, 32)}
+SHAPES = dict.fromkeys(NETS, (3, 32, 32)) | {"lenet5": (1, 28, 28), "mlp": (1, 28, 28)}
 
 
 def parameters(model):
@@ -129,19 +139,55 @@ def test_a_resnet_has_the_layers_and_weights_of_the_paper():
     assert not biases
 
 
-def test_vgg_is_what_its_layers_say():
-    model = unsettled(vgg_bn_small())
-    assert parameters(model) == 307_946
+def test_the_mlp_is_what_its_layers_say():
+    model = mlp_mnist().double()
+    layers = {name: tuple(module.weight.shape) for name, module in model.named_children() if hasattr(module, "weight")}
+    assert layers == {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+    assert parameters(model) == 266_610
+    images = torch.rand(3, 1, 28, 28, dtype=torch.float64)
+    x = (images.reshape(3, 784) - 0.1307) / 0.3081
+    x = (x @ model.fc1.weight.T + model.fc1.bias).clamp(min=0)
+    x = (x @ model.fc2.weight.T + model.fc2.bias).clamp(min=0)
+    torch.testing.assert_close(model(images), x @ model.fc3.weight.T + model.fc3.bias)
+
+
+@pytest.mark.parametrize(("width", "count"), [(32, 307_946), (16, 82_554), (3, 4_606)])
+def test_vgg_is_what_its_layers_say(width, count):
+    model = unsettled(vgg_bn_small(width))
+    assert parameters(model) == count
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     x = (images - CIFAR10[0]) / CIFAR10[1]
-    for number, channels in enumerate((32, 32, 64, 64, 128, 128), 1):
+    for number, wide in enumerate((1, 1, 2, 2, 4, 4), 1):
         conv, bn = model.get_submodule(f"conv{number}"), model.get_submodule(f"bn{number}")
         assert conv.bias is None
         x = normed(F.conv2d(x, conv.weight, padding=1), bn).clamp(min=0)
-        assert x.shape[1] == channels
+        assert x.shape[1] == wide * width
         if number % 2 == 0:
             x = F.max_pool2d(x, 2)
-    torch.testing.assert_close(model(images), x.reshape(2, 2048) @ model.fc.weight.T + model.fc.bias)
+    torch.testing.assert_close(model(images), x.reshape(2, 64 * width) @ model.fc.weight.T + model.fc.bias)
+    assert parameters(vgg_bn_small()) == 307_946
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_the_plain_network_is_what_its_layers_say(width):
+    model = unsettled(plain_cifar(width))
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    x = (images - CIFAR10[0]) / CIFAR10[1]
+    fitting = []
+    for number in range(1, 13):
+        if number in (5, 9):
+            x = F.max_pool2d(x, 2)
+        conv, bn = model.get_submodule(f"conv{number}"), model.get_submodule(f"bn{number}")
+        assert conv.bias is None
+        if conv.in_channels == conv.out_channels:
+            fitting.append(number)
+        x = normed(F.conv2d(x, conv.weight, padding=1), bn).clamp(min=0)
+        assert x.shape[1] == width * 2 ** ((number - 1) // 4)
+    assert fitting == [2, 3, 4, 6, 7, 8, 10, 11, 12]
+    assert x.shape[2:] == (8, 8)
+    torch.testing.assert_close(model(images), x.mean((2, 3)) @ model.fc.weight.T + model.fc.bias)
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 12
+    assert parameters(plain_cifar()) == 43_042
 
 
 @pytest.mark.parametrize("net", list(NETS))

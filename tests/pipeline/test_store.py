@@ -417,7 +417,7 @@ def test_what_lies_in_a_run_directory(run):
     }
     assert found == layers | samples | others
     about = json.loads((run / "run.json").read_text())
-    assert about["schema"] == 3
+    assert about["schema"] == 4
     assert set(about["files"]) == found - {"run.json"}
     assert [layer["name"] for layer in about["layers"]] == ["0", "3", "5"]
     assert "chain" not in about
