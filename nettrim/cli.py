@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ from nettrim.methods import METHODS
 from nettrim.pipeline.files import write_atomically
 from nettrim.pipeline.records import Ledger
 from nettrim.pipeline.verify import verify
+from nettrim.report.structure import latency_line, probe_table
 from nettrim.report.tables import ledger_table, solution_table
 
 
@@ -140,11 +142,19 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    result = run_prune(options)
+    result, latency = run_prune(options)
     if options.json:
-        _print_json(result.ledger.as_dict() | {"directory": options.out})
+        structure = None if result.structure is None else result.structure.as_dict() | result.about
+        timed = None if latency is None else asdict(latency)
+        _print_json(result.ledger.as_dict() | {"directory": options.out, "structure": structure, "latency": timed})
     else:
+        if "probes" in result.about:
+            print(probe_table(result.about["probes"]), end="\n\n")
         print(ledger_table(result.ledger))
+        if latency is not None:
+            print(latency_line(latency))
+        if options.picture is not None:
+            print(f"picture: {options.picture}")
         print(f"run directory: {options.out}")
     return _code(result.ledger)
 

@@ -17,7 +17,7 @@ from nettrim.cli_network import add_network_options, network_options
 from nettrim.data import Data
 from nettrim.errors import ProblemError, RunError
 from nettrim.loading import load_model
-from nettrim.methods import METHODS, Pattern
+from nettrim.methods import METHODS, Pattern, Shrinks
 from nettrim.network.batches import read_batches
 from nettrim.network.calibrate import outputs
 from nettrim.network.training import train
@@ -50,13 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FILE.pt2. Without it a network N-300-100-C with ReLU is trained on the training split, and kept in --out",
     )
     parser.add_argument("--weights", metavar="FILE.safetensors", help="load the weights of --model from here")
-    takes = [name for name, make in METHODS.items() if "sparsity" in make().amounts]
+    # those that make the network smaller are asked for by name: not every network has channels or units to go
+    made = {name: make() for name, make in METHODS.items()}
+    takes = [name for name, m in made.items() if "sparsity" in m.amounts and not isinstance(m, Shrinks)]
     parser.add_argument(
         "--methods",
         type=_names,
         default=takes,
         metavar="NAME,NAME",
-        help=f"default: all that take a sparsity, {', '.join(takes)}",
+        help=f"default: {', '.join(takes)}; ldrf and shallowing make the network smaller, by that share of its weights",
     )
     parser.add_argument(
         "--sparsity",

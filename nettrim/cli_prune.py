@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nettrim.cli_compare import read_sparsity
@@ -11,23 +12,46 @@ from nettrim.cli_network import add_network_options, batches_of, check_numbers, 
 from nettrim.data import load
 from nettrim.errors import ProblemError
 from nettrim.loading import load_model
-from nettrim.methods import METHODS, Method, NetTrim
+from nettrim.methods import METHODS, Ldrf, Method, NetTrim, Shallowing, Shrinks, make_method
+from nettrim.methods.channel_selection import SELECTORS
+from nettrim.methods.probes import ProbeCurve
+from nettrim.methods.shallowing import CHOICES
+from nettrim.network.costs import LatencyRatio
 from nettrim.pipeline.budget import Overall
 from nettrim.pipeline.finish import FINISHES
 from nettrim.pipeline.prune import prune
-from nettrim.pipeline.result import PruneResult
+from nettrim.pipeline.result import PruneResult, load_result
 from nettrim.pipeline.schedule import SCHEDULES
+from nettrim.pipeline.speed import speed
+from nettrim.report.comparison import require_matplotlib
+from nettrim.report.probes import plot_probes
+
+#: method to what makes it, and the options that are its settings
+_SETTINGS: dict[str, tuple[Callable[..., Method | Shrinks], tuple[str, ...]]] = {
+    "net-trim": (
+        NetTrim,
+        ("form", "gamma", "rule", "kappa", "bias", "solver", "tol", "max_seconds", "route", "swaps", "evidence"),
+    ),
+    "ldrf": (Ldrf, ("selector", "steps", "target", "allocate")),
+    "shallowing": (Shallowing, ("choice", "rule")),
+}
 
 
 def add_prune_arguments(cut: argparse.ArgumentParser) -> None:
     """Add the options of ``nettrim prune``."""
     cut.add_argument(
         "--model",
-        required=True,
         metavar="MODULE:FACTORY",
         help="a function that returns the network: package.module:name or path/file.py:name; or an archive FILE.pt2",
     )
     cut.add_argument("--weights", metavar="FILE.safetensors", help="load the network's weights from here")
+    cut.add_argument(
+        "--from",
+        dest="start",
+        metavar="DIR",
+        help="in place of --model: go on with the network of a finished run, batch norms folded; the ledger joins the "
+        "evidence of both",
+    )
     cut.add_argument(
         "--data", required=True, help="FILE.npz, mnist:DIR, cifar10:DIR or digits; its test split is held out"
     )
@@ -46,7 +70,14 @@ def add_prune_arguments(cut: argparse.ArgumentParser) -> None:
     amount.add_argument("--overall", type=float, help="fraction of zeros of all layers together, split by the data")
     amount.add_argument("--kept", type=_amount, help="number of weights that stay in each layer")
     amount.add_argument("--lam", type=_amount, help="lambda of the regularised program")
-    amount.add_argument("--tolerance", type=_amount, help="of l-obs and obs: remove while the error is below it")
+    amount.add_argument(
+        "--tolerance",
+        type=_amount,
+        help="of l-obs and obs: remove while the error is below it; of shallowing: the gain that a unit has to have",
+    )
+    amount.add_argument("--channels", type=_amount, help="of ldrf: fraction of channels that stays; unnamed keep all")
+    amount.add_argument("--macs", type=float, help="of ldrf: fraction of the network's multiply-adds that stays")
+    amount.add_argument("--units", type=int, help="of shallowing: how many layers or residual blocks go")
     cut.add_argument("--schedule", default="cascade", help=f"{' or '.join(SCHEDULES)}; default %(default)s")
     cut.add_argument("--layers", default="all", help="names, globs or classes, comma-separated; default all")
     cut.add_argument("--ignore", default="", help="names, globs or classes, comma-separated")
@@ -56,7 +87,7 @@ def add_prune_arguments(cut: argparse.ArgumentParser) -> None:
     trim.add_argument("--form", help="ball or halfspace")
     trim.add_argument("--forms", type=read_forms, metavar="NAME=FORM,...", help="of single layers; linear too")
     trim.add_argument("--gamma", type=float, help="γ of the cascade")
-    trim.add_argument("--rule", dest="cascade", help="radius in cascade: relative or paper")
+    trim.add_argument("--rule", help="radius in cascade: relative or paper; of shallowing: gain or accumulate")
     trim.add_argument("--kappa", type=float, help="risk factor of the last layer")
     trim.add_argument("--bias", help="free, penalised or frozen")
     trim.add_argument("--solver", help="a name in `nettrim info`")
@@ -71,6 +102,13 @@ def add_prune_arguments(cut: argparse.ArgumentParser) -> None:
         help="beside a number of weights, solve no convex program for the bound",
     )
     trim.add_argument("--max-seconds", type=float, help="for each layer")
+    narrow = cut.add_argument_group("of ldrf and shallowing")
+    narrow.add_argument("--selector", help=f"which channels stay: {', '.join(SELECTORS)}")
+    narrow.add_argument("--steps", type=int, help="gradient steps for each layer; 0 is the least-squares baseline")
+    narrow.add_argument("--target", help="what the steps fit: embedding or outputs")
+    narrow.add_argument("--allocate", help="how a budget is split: uniform or capacity")
+    narrow.add_argument("--choice", help=f"which units go: {', '.join(CHOICES)}")
+    narrow.add_argument("--picture", metavar="FILE", help="draw the probes of the units: .png, .svg or .pdf")
     cut.add_argument("--finish", help=f"train on afterwards: {', '.join(FINISHES)}")
     cut.add_argument("--out", required=True, metavar="DIR", help="run directory")
     cut.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -78,14 +116,17 @@ def add_prune_arguments(cut: argparse.ArgumentParser) -> None:
     cut.add_argument("--seed", type=int, default=0)
 
 
-def run_prune(options: argparse.Namespace) -> PruneResult:
-    """Read the network and the data, and prune."""
+def run_prune(options: argparse.Namespace) -> tuple[PruneResult, LatencyRatio | None]:
+    """Read the network and the data, and prune; measure the latency of a network that is smaller."""
     method = _method(options)
     check_numbers(options)
     sparsity = _one_sparsity(options)
-    model = load_model(options.model, options.weights)
+    _check_start(options)
+    if options.picture is not None:
+        _check_picture(options, method)
+    model = load_model(options.model, options.weights) if options.start is None else load_result(options.start)
     data = load(options.data, download=options.download)
-    return prune(
+    result = prune(
         model,
         batches_of(data.train, options.samples),
         method,
@@ -94,6 +135,9 @@ def run_prune(options: argparse.Namespace) -> PruneResult:
         kept=options.kept,
         lam=options.lam,
         tolerance=options.tolerance,
+        channels=options.channels,
+        macs=options.macs,
+        units=options.units,
         schedule=options.schedule,
         finish=options.finish,
         layers="all" if options.layers == "all" else options.layers.split(","),
@@ -107,22 +151,52 @@ def run_prune(options: argparse.Namespace) -> PruneResult:
         residual=options.residual,
         **network_options(options),
     )
+    if options.picture is not None:
+        plot_probes(ProbeCurve.of_dict(result.about["probes"]), options.picture)
+    return result, speed(model.model if isinstance(model, PruneResult) else model, result)
 
 
-def _method(options: argparse.Namespace) -> str | Method:
-    """Return the method of that name, with the options of net-trim that were given."""
-    names = ("form", "gamma", "cascade", "kappa", "bias", "solver", "tol", "max_seconds", "route", "swaps", "evidence")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+def _check_start(options: argparse.Namespace) -> None:
+    """Refuse two networks to start from, or none."""
+    if options.start is None and options.model is None:
+        raise ProblemError("no network is given: name one by --model, or a finished run by --from.")
+    given = [f"--{name} {value}" for name in ("model", "weights") if (value := getattr(options, name)) is not None]
+    if options.start is not None and given:
+        raise ProblemError(f"--from {options.start} has its network, and {' and '.join(given)} given: leave one out.")
+
+
+def _check_picture(options: argparse.Namespace, method: str | Method | Shrinks) -> None:
+    """Refuse a picture of probes that nobody trains, or that cannot be drawn."""
+    made = make_method(method)
+    if not (isinstance(made, Shallowing) and made.probes):
+        raise ProblemError(f"--picture {options.picture} draws probes, and --method {options.method} trains none here.")
+    require_matplotlib()
+    path = Path(options.picture).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ProblemError(f"--picture {options.picture} is a directory, or lies in none: name a file.")
+
+
+def _method(options: argparse.Namespace) -> str | Method | Shrinks:
+    """Return the method of that name, with its options that were given."""
     name: str = options.method
-    if not given:
+    make, own = _SETTINGS.get(name, (None, ()))
+    names = dict.fromkeys(flag for _, flags in _SETTINGS.values() for flag in flags)
+    given = {flag: getattr(options, flag) for flag in names if getattr(options, flag) is not None}
+    foreign = [flag for flag in given if flag not in own]
+    if foreign:
+        readers = [other for other, (_, flags) in _SETTINGS.items() if foreign[0] in flags]
+        said = {"evidence": "no-evidence"}
+        flags = ", ".join("--" + said.get(flag, flag.replace("_", "-")) for flag in foreign)
+        raise ProblemError(
+            f"{flags} given, which only {' and '.join(readers)} reads, and the method is {name!r}: leave them out."
+        )
+    if make is None or not given:
         return name
-    if name != "net-trim":
-        said = {"cascade": "rule", "evidence": "no-evidence"}
-        flags = ", ".join("--" + said.get(key, key.replace("_", "-")) for key in given)
-        raise ProblemError(f"{flags} given, which only net-trim reads, and the method is {name!r}: leave them out.")
     if options.swaps is not None and options.swaps < 0:
         raise ProblemError(f"--swaps {options.swaps} is out of range: at least 0.")
-    return NetTrim(**given)
+    if name == "net-trim" and "rule" in given:
+        given["cascade"] = given.pop("rule")
+    return make(**given)
 
 
 def _one_sparsity(options: argparse.Namespace) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 import nettrim
 from benchmarks.layer.datasets import SAMPLES, catalogue
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 
 def main() -> None:

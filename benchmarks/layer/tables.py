@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.layer.objective import feasible, nearly_reached, reached
 from benchmarks.layer.records import Records, Row, in_order
 from benchmarks.layer.solvers import ENTRIES
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 _LEGEND = """\
 Seconds, and in brackets GEMM pairs (one dense float64 X @ U.T and R.T @ X of the instance, measured before and

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.model.lenet import DATA
 from benchmarks.model.net_trim_table import command, git, processor
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "lenet_300_100_counts.json"
 LAYERS = ("fc1", "fc2", "fc3")

@@ -31,7 +31,7 @@ from nettrim.methods import METHODS, LayerTask, Magnitude
 from nettrim.methods.exact_obs import Obs, Trace
 from nettrim.methods.hessian import layer_quadratic
 from nettrim.methods.obs import LObs, Ranking
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 #: a layer's weight (M, N) and bias (M,)
 Layer = tuple[Tensor, Tensor]

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.model.lenet import DATA
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: the networks: their factory, and their data

@@ -26,7 +26,7 @@ from nettrim.core.reweighted import reweighted
 from nettrim.data import load
 from nettrim.methods.base import LayerTask, with_bias_column
 from nettrim.network.edit import find_bias, find_weight
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "refine_fc1.json"
 RELEASED = {0.07: 0.189, 0.03: 0.322}

@@ -99,15 +99,17 @@ class Ldrf:
         _whole("steps", self.steps, 0)
         if self.rows is not None:
             _whole("rows", self.rows, 16)
-        _within("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
-        _within("energy", self.energy, 0 < self.energy <= 1, "in (0, 1]")
-        _within("ridge", self.ridge, 0 <= self.ridge < float("inf"), "≥ 0")
-        _within("held", self.held, 0 < self.held <= 0.5, "in (0, 0.5]")
+        _within("learning_rate", self.learning_rate, 0, float("inf"), "(0, ∞)")
+        _within("energy", self.energy, 0, 1, "(0, 1]")
+        _within("ridge", self.ridge, 0, float("inf"), "[0, ∞)")
+        _within("held", self.held, 0, 0.5, "(0, 0.5]")
         if self.capacity_tolerance is not None:
-            share = self.capacity_tolerance
-            _within("capacity_tolerance", share, 0 <= share < 1, "in [0, 1)")
+            _within("capacity_tolerance", self.capacity_tolerance, 0, 1, "[0, 1)")
             if self.energy != 1:
-                raise ProblemError(f"energy={self.energy} and capacity_tolerance={share} both say the rank: give one.")
+                raise ProblemError(
+                    f"energy={self.energy} and capacity_tolerance={self.capacity_tolerance} both say the rank: give "
+                    "one."
+                )
         if self.variant == "core" and self.target == "outputs":
             raise UnsupportedError("target='outputs' has no factors for variant='core' to compose: use 'direct'.")
         if not self.refit and (self.steps or self.variant == "core"):
@@ -143,6 +145,8 @@ def _whole(name: str, value: object, least: int) -> None:
         raise ProblemError(f"{name}={value!r} is out of range: give a whole number ≥ {least}.")
 
 
-def _within(name: str, value: object, fits: bool, where: str) -> None:
-    if isinstance(value, bool) or not fits:
-        raise ProblemError(f"{name}={value!r} is out of range: give a number {where}.")
+def _within(name: str, value: object, low: float, high: float, where: str) -> None:
+    """Refuse what is no number between two; brackets in `where` say which ends it may be."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (value == low and where[0] == "(") or (value == high and where[-1] == ")"):
+        raise ProblemError(f"{name}={value!r} is out of range: give a number in {where}.")

@@ -21,7 +21,7 @@ from nettrim.methods.channel_selection import Candidates, select
 from nettrim.methods.decompose import Decomposition, recompose
 from nettrim.methods.ldrf import Ldrf
 from nettrim.methods.squeeze import squeeze
-from nettrim.network.channels import Coupling
+from nettrim.network.channels import Coupling, planes
 from nettrim.network.matrix import Window
 from nettrim.network.program import Count, Program
 from nettrim.network.segment import applied, between
@@ -123,19 +123,15 @@ class Site:
 
     def planes(self, value: Tensor) -> Tensor:
         """Return what the consumer reads as ``(P, C, pixels)``."""
-        if self.consumer.window is not None:
-            return value.flatten(2)
-        if self.pair.taps > 1:
-            return value.reshape(len(value), -1, self.pair.taps)
-        return value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
+        return planes(value, self.consumer, self.pair.taps)
 
     def embed(self, value: Tensor, reading: Tensor, shift: Tensor | None) -> Tensor:
         """Return ``Qᵀ y + q`` as ``(P, r, pixels)``, or ``(P, r)`` of a single pixel."""
-        planes = self.planes(value)
-        if planes.shape[2] == 1:
-            flat = planes[:, :, 0] @ reading
+        read = self.planes(value)
+        if read.shape[2] == 1:
+            flat = read[:, :, 0] @ reading
             return flat if shift is None else flat + shift
-        result = torch.matmul(reading.T, planes)
+        result = torch.matmul(reading.T, read)
         return result if shift is None else result + shift[:, None]
 
     def rows(self, value: Tensor, chosen: Tensor) -> Tensor:
@@ -146,7 +142,7 @@ class Site:
     def moments(self, value: Tensor, chosen: Tensor) -> Moments:
         """Return the moments of the consumer's rows against the dense network's outputs, trunk's drift made up for."""
         flat = self.outgoing.flatten(1)
-        total = Moments.zeros(self.rows(value[:1], chosen[:1]).shape[1], len(flat))
+        total = Moments.zeros(self.rows(value[:1], torch.zeros(1, dtype=torch.int64)).shape[1], len(flat))
         for at in range(0, len(chosen), 8 * _BLOCK):
             some = chosen[at : at + 8 * _BLOCK]
             wanted = self.rows(self.reference, some).double() @ flat.T
@@ -209,7 +205,7 @@ class Recovered:
     facts: dict[str, Any]
 
 
-def recover(site: Site, how: Ldrf, count: int, kept: Tensor | None = None) -> Recovered:
+def recover(site: Site, how: Ldrf, count: int) -> Recovered:
     """Choose a producer's channels, squeeze, and fit its consumer.
 
     Parameters
@@ -218,19 +214,16 @@ def recover(site: Site, how: Ldrf, count: int, kept: Tensor | None = None) -> Re
     how : Ldrf
     count : int
         Channels that stay.
-    kept : Tensor of int64, optional
-        They themselves, where they are known.
     """
     flat = site.outgoing.flatten(1)
-    if kept is None:
 
-        def everything() -> Moments:
-            value = site.activations(site.weight, site.bias)
-            return site.moments(value, site.draw(site.total, flat.shape[1], how.rows, "select"))
+    def everything() -> Moments:
+        value = site.activations(site.weight, site.bias)
+        return site.moments(value, site.draw(site.total, flat.shape[1], how.rows, "select"))
 
-        generator = _generator(site, "choice")
-        candidates = Candidates(site.incoming, site.outgoing, site.out_bias, everything, generator)
-        kept = select(how.selector, candidates, count)
+    generator = _generator(site, "choice")
+    candidates = Candidates(site.incoming, site.outgoing, site.out_bias, everything, generator)
+    kept = select(how.selector, candidates, count)
     chosen = site.draw(site.total, count * site.pair.taps, how.rows, "rows")
     weight, bias = site.weight[kept], None if site.bias is None else site.bias[kept]
     value = site.activations(weight, bias)
@@ -352,16 +345,26 @@ def least_squares(moments: Moments, ridge: float, intercept: bool) -> tuple[Tens
 
 
 def some_patches(inputs: Tensor, window: Window, chosen: Tensor) -> Tensor:
-    """Return some rows of `nettrim.network.matrix.patches`, of all samples' positions by number, ``(R, C · K)``."""
-    padded = F.pad(inputs, [side for sides in reversed(window.padding) for side in sides])
+    """Return some rows of `nettrim.network.matrix.patches`, of all samples' positions by number, ``(R, C · K)``.
+
+    The numbers are ascending, so that only samples from the first to the last of them are padded.
+    """
+    shape = inputs.shape[2:]
+    sizes = [
+        (size + sum(sides) - d * (k - 1) - 1) // s + 1
+        for size, sides, k, s, d in zip(
+            shape, window.padding, window.kernel, window.stride, window.dilation, strict=True
+        )
+    ]
+    per = int(np.prod(sizes))
+    first, last = int(chosen[0]) // per, int(chosen[-1]) // per
+    chosen = chosen - first * per
+    padded = F.pad(inputs[first : last + 1], [side for sides in reversed(window.padding) for side in sides])
     kernel, stride, dilation = window.kernel, window.stride, window.dilation
     if len(kernel) == 1:
         padded, kernel, stride, dilation = padded.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
-    high, wide = (
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
-    )
-    sample, position = chosen // (high * wide), chosen % (high * wide)
+    wide = sizes[-1]
+    sample, position = chosen // per, chosen % per
     down = (position // wide * stride[0])[:, None, None] + dilation[0] * torch.arange(kernel[0])[:, None]
     across = (position % wide * stride[1])[:, None, None] + dilation[1] * torch.arange(kernel[1])
     found = padded.permute(0, 2, 3, 1)[sample[:, None, None], down, across]

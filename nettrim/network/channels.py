@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from nettrim.network.program import Count, Ref, Step
 from nettrim.network.trace import LayerGraph, LayerSpec
 
@@ -74,6 +76,22 @@ def couplings(graph: LayerGraph) -> tuple[dict[str, Coupling], dict[str, str]]:
         else:
             why[layer.name] = result
     return found, why
+
+
+def planes(value: Tensor, reader: LayerSpec, taps: int) -> Tensor:
+    """Return what a layer reads as ``(P, C, pixels)``; `taps` are those of its coupling."""
+    if reader.window is not None:
+        return value.flatten(2)
+    if taps > 1:
+        return value.reshape(len(value), -1, taps)
+    return value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
+
+
+def from_planes(found: Tensor, like: Tensor, reader: LayerSpec, taps: int) -> Tensor:
+    """Return ``(P, C', pixels)`` in the shape in which a layer reads channels, that of `like` but for their number."""
+    if reader.window is not None:
+        return found.reshape(*found.shape[:2], *like.shape[2:])
+    return found.flatten(1) if taps > 1 else found.transpose(1, 2).reshape(*like.shape[:-1], found.shape[1])
 
 
 def _follow(

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from nettrim.errors import ProblemError
 from nettrim.network.batches import Batch, Batches
+from nettrim.network.finished import Finished
 from nettrim.network.gradual import GradualPruning, competing
 from nettrim.network.labels import check_targets, is_several
 from nettrim.network.losses import Loss, cross_entropy, several_entropy, softened, squared_error, taught
@@ -37,36 +38,11 @@ from nettrim.network.training import (
     trained_parameters,
 )
 
+__all__ = ["Distill", "FineTune", "Finished"]
+
 _TRACED = 64  # samples that a model is traced on
 _WARM_UP = 50  # steps over which the learning rate rises
 _EPOCHS, _STEPS = 20, 4000  # unless the user says how many epochs: the more of the two
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """What retraining did; the weights are in the model.
-
-    Attributes
-    ----------
-    masks : dict of str to bool Tensor
-        Of the shapes of the weights; True = kept.
-    losses : tuple of float
-        Mean training loss of each epoch.
-    validation_losses : tuple of float
-        Of the start, then after each epoch; empty without validation.
-    steps : int
-        Steps that were taken.
-    best_epoch : int
-        The epoch after which the weights that are kept were seen; 0 is the start.
-    seconds : float
-    """
-
-    masks: dict[str, Tensor]
-    losses: tuple[float, ...]
-    validation_losses: tuple[float, ...]
-    steps: int
-    best_epoch: int
-    seconds: float
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class Standing:
         return ProgramModule(program, {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in cut.items()})
 
     def raw(self) -> State:
-        """Return the parameters and buffers of the network as it stands, batch norms not folded, in the model's dtypes."""
+        """Return parameters and buffers of the network as it stands, batch norms not folded, in the model's dtypes."""
         slimming, entries = self.slimming, self.account.raw | self.changed
         absent = set() if slimming is None else slimming.absent
         return {

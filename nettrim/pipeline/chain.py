@@ -37,8 +37,11 @@ def stage(ledger: Ledger, before: str, after: str, account: Account) -> Stage:
         Of the run.
     """
     finish = None if ledger.finish is None else str(ledger.finish["kind"])
+    # of all layers, because runs prune different ones; one without a record is as it was
+    numel = ledger.costs["dense"]["weights"]
+    kept = numel - ledger.numel + ledger.kept
     return Stage(
-        ledger.method, finish, ledger.bound, ledger.measured, ledger.output_norm, ledger.kept, ledger.numel,
+        ledger.method, finish, ledger.bound, ledger.measured, ledger.output_norm, kept, numel,
         before, after, account.batches.digest(),
     )  # fmt: skip
 

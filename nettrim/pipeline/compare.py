@@ -30,8 +30,9 @@ from nettrim.pipeline.finish import FINISHES, check_batches, make_finish
 from nettrim.pipeline.memory import PeakMemory, check_bytes
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.prune import prune
-from nettrim.pipeline.records import Ledger
+from nettrim.pipeline.result import PruneResult
 from nettrim.pipeline.rows import FILE, IDENTITY, SCHEMA, Comparison, LayerRow, Row, load_comparison, write_comparison
+from nettrim.pipeline.speed import speed
 from nettrim.pipeline.store import require_free
 
 
@@ -218,22 +219,46 @@ def _require_same(directory: Path, found: dict[str, Any], wanted: dict[str, Any]
 
 def _run(cell: Cell, model: nn.Module, calibration: Batches, options: dict[str, Any]) -> Row:
     """Prune once and keep the figures; the weights are let go."""
-    memory = PeakMemory()
+    memory, pruned = PeakMemory(), None
     with memory:
         began = time.monotonic()
         try:
             how = {"sparsity": cell.value, "schedule": cell.row.schedule, "finish": cell.row.finish}
             pruned = prune(model, calibration, cell.method, **how, **options)
-            row = _measured(cell.row, pruned.ledger)
+            row = _measured(cell.row, pruned)
         except Exception as error:  # whatever a method raises, the other rows do not suffer
             said = " ".join(str(error).split())
             kind = "" if isinstance(error, NetTrimError) and said else type(error).__name__
             row = replace(cell.row, failure=": ".join(part for part in (kind, said) if part))
         seconds = time.monotonic() - began
-    return replace(row, seconds=seconds, peak_mib=memory.rise)
+    latency = None if pruned is None or row.failure is not None else _latency(model, pruned)
+    return replace(row, seconds=seconds, peak_mib=memory.rise, latency=latency)
 
 
-def _measured(row: Row, ledger: Ledger) -> Row:
+def _latency(model: nn.Module, pruned: PruneResult) -> dict[str, float] | None:
+    """Return the measured latency of a smaller module against the dense one as JSON values."""
+    found = speed(model, pruned)
+    if found is None:
+        return None
+    lower, upper = found.quartiles
+    return {
+        "speedup": found.speedup,
+        "lower": lower,
+        "upper": upper,
+        "dense_seconds": found.dense.seconds,
+        "pruned_seconds": found.pruned.seconds,
+        "samples": found.dense.samples,
+        "threads": found.dense.threads,
+    }
+
+
+def _measured(row: Row, result: PruneResult) -> Row:
+    ledger = result.ledger
+    assert result.account is not None
+    numels = {spec.name: spec.numel for spec in result.account.graph.selected}
+    # a layer without a record is as it was
+    gone = sum(record.numel - record.kept for record in ledger.records if record.name in numels)
+    numel = sum(numels.values())
     size = ledger.output_norm or 1.0
     error = {"calibration": ledger.measured / size}
     if ledger.held_out is not None:
@@ -257,12 +282,13 @@ def _measured(row: Row, ledger: Ledger) -> Row:
             )
             for record in ledger.records
         ),
-        kept=ledger.kept,
-        numel=ledger.numel,
+        kept=numel - gone,
+        numel=numel,
         accuracy=ledger.accuracy,
         error=error,
         bound=ledger.bound / size if math.isfinite(ledger.bound) else None,
         layer_seconds=sum(seconds.values()),
+        costs=ledger.costs,
     )
 
 

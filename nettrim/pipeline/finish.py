@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from nettrim.errors import ProblemError, UnknownNameError, UnsupportedError
 from nettrim.methods.base import COUNTS
 from nettrim.network.batches import Batches
-from nettrim.network.edit import double_copy, frozen_copy, raw_state
+from nettrim.network.edit import double_copy, find_weight, frozen_copy, raw_state
 from nettrim.network.finishing import Distill, FineTune, Finished
+from nettrim.network.labels import check_targets, is_several
 from nettrim.network.observe import call, output_of
 from nettrim.network.reestimate import Reestimate
 from nettrim.network.slim import Slimming
@@ -115,7 +116,8 @@ def check_batches(finish: Finish, model: nn.Module, batches: Batches) -> None:
         Fine-tuning needs classes as labels and there are none; the loss compares classes and there is a single output;
         or no row is left to train on.
     """
-    if finish.name == "fine-tune" and not batches.has_labels:
+    taught = isinstance(finish, FineTune) and finish.mixing == 1  # by the dense network alone
+    if finish.name == "fine-tune" and not taught and not batches.has_labels:
         raise ProblemError("finish='fine-tune' needs labels in batches: pass (input, label) pairs, or use 'distill'.")
     first = batches.first(1)
     shape = tuple(output_of(call(model, first, 0), model).shape)
@@ -135,9 +137,12 @@ def check_batches(finish: Finish, model: nn.Module, batches: Batches) -> None:
             )
     if finish.name == "fine-tune":
         labels = batches.labels()
-        assert labels is not None
-        check_labels(labels, labels)  # that there is one for each row was seen when the batches were read
-        check_classes(model, first, labels)
+        # that there is one for each row was seen when the batches were read
+        if labels is not None and is_several(labels):
+            check_targets(model, first, labels[:1])
+        elif labels is not None:
+            check_labels(labels, labels)
+            check_classes(model, first, labels)
 
 
 def run_finish(
@@ -163,14 +168,18 @@ def run_finish(
     """
     model, batches = frozen_copy(pruned), account.batches
     labels = batches.labels()
-    masks = {layer.name: layer.weight != 0 for layer in layers if layer.pruned and slimming is None}
+    if slimming is None:
+        masks = {layer.name: layer.mask for layer in layers if layer.pruned}
+    else:
+        left = [layer.name for layer in layers if not layer.removed]
+        masks = {name: torch.ones_like(find_weight(model, name), dtype=torch.bool) for name in left}
     held = {name: int(mask.sum()) for name, mask in masks.items()}
     # a weight may be zero without having been pruned, and what is not there cannot be left
     if isinstance(targets, Mapping):
-        left: Mapping[str, int] | int | None = {name: min(held[name], count) for name, count in targets.items()}
+        goal: Mapping[str, int] | int | None = {name: min(held[name], count) for name, count in targets.items()}
     else:
-        left = targets if targets is None else min(sum(held.values()), targets)
-    done = finish.run(model, frozen_copy(dense), batches, labels, masks, left, seed, progress, traced)
+        goal = targets if targets is None else min(sum(held.values()), targets)
+    done = finish.run(model, frozen_copy(dense), batches, labels, masks, goal, seed, progress, traced)
     model.requires_grad_(False).eval()
     final = finished_layers(layers, account.of_state(raw_state(double_copy(model)), slimming))
     wrong = overstepped(layers, final, targets)
@@ -180,7 +189,7 @@ def run_finish(
         "kind": finish.name,
         "settings": repr(finish),
         "samples": batches.rows,
-        "labels": finish.name == "fine-tune",
+        "labels": finish.name == "fine-tune" and labels is not None,
         "targets": dict(targets) if isinstance(targets, Mapping) else targets,
         "epochs": len(done.losses),
         "steps": done.steps,

@@ -179,7 +179,7 @@ def _note_output(result: Measured, program: Program, moment: Moment, batch: Batc
     for k in range(len(chain) - 1):
         if chain[k + 1] is not chain[k]:
             result.ladder[k] += _square(chain[k + 1] - chain[k])
-    if batch.labels is not None and _classes(dense, batch.labels):
+    if batch.labels is not None and are_classes(dense, batch.labels):
         labels = batch.labels.to(dense.device)
         hits = tuple(int((v.argmax(-1) == labels).sum()) for v in (dense, pruned))
         result.right = (result.right[0] + hits[0], result.right[1] + hits[1])
@@ -188,7 +188,7 @@ def _note_output(result: Measured, program: Program, moment: Moment, batch: Batc
         result.figures.append(SampleFigures.of(dense, pruned))
 
 
-def _classes(outputs: Tensor, labels: Tensor) -> bool:
+def are_classes(outputs: Tensor, labels: Tensor) -> bool:
     """Whether labels are class indices of the rows of the outputs; accuracy has no meaning otherwise."""
     return outputs.dim() == labels.dim() + 1 and outputs.shape[:-1] == labels.shape and not labels.is_floating_point()
 

@@ -22,7 +22,7 @@ from nettrim.methods.decompose import Decomposition, decompose, recompose
 from nettrim.methods.ldrf import Ldrf
 from nettrim.methods.recover import Recovered, Site, recover
 from nettrim.network.batches import Batch
-from nettrim.network.channels import Coupling, couplings
+from nettrim.network.channels import Coupling, couplings, from_planes, planes
 from nettrim.network.program import walk
 from nettrim.network.structure import Structure
 from nettrim.network.trace import LayerSpec
@@ -44,12 +44,14 @@ def narrow(
     how: How,
     store: RunStore | None = None,
     found: Mapping[str, LayerEvidence] | None = None,
-) -> tuple[list[LayerEvidence], Structure]:
+) -> tuple[list[LayerEvidence], Structure, dict[str, Any]]:
     """Take channels out of layer after layer, putting each into `standing`; return the evidence of all, and what stays.
 
-    Activations are held in float32 (in float64 where no gradient step is asked for) of as many samples as fit a
-    quarter of the memory limit, drawn by the seed. A layer that keeps all channels, behind layers that do, is left as
-    it is, bit for bit.
+    The third of what is returned, how a structure was chosen, is empty: the evidence says it layer by layer.
+
+    Activations are held in float32, in float64 where the model is, of as many samples as fit a quarter of the memory
+    limit, drawn by the seed; least squares are solved in float64. A layer that keeps all channels, behind layers that
+    do, is left as it is, bit for bit.
 
     Parameters
     ----------
@@ -62,7 +64,8 @@ def narrow(
     store : RunStore, optional
         A finished layer is written at once.
     found : mapping from str to LayerEvidence, optional
-        Layers that are finished already.
+        Layers that are finished already. Of layers that read one another all must be, or they are solved again, with
+        the same result.
 
     Raises
     ------
@@ -91,7 +94,7 @@ def narrow(
             if store is not None and spec.name not in found:
                 store.write_layer(evidence[spec.name])
     kept = {name: tuple(stays) for name, stays in run.kept.items() if len(stays) < run.pairs[name].channels}
-    return [evidence[name] for name in plan.graph.names], Structure(kept)
+    return [evidence[name] for name in plan.graph.names], Structure(kept), {}
 
 
 @dataclass(eq=False)
@@ -137,8 +140,8 @@ class _Run:
             raise ProblemError(f"no selected layer has channels that can go ({reasons}); select others.")
         if how.rows is not None:
             method = replace(method, rows=how.rows)
-        # baselines are computed in the precision that they are compared in
-        dtype = torch.float32 if method.steps else torch.float64
+        doubled = all(dtype == torch.float64 for dtype in account.dtypes.values() if dtype.is_floating_point)
+        dtype = torch.float64 if doubled else torch.float32
         dense = {name: t.to(dtype) if t.is_floating_point() else t for name, t in account.dense.items()}
         splits: dict[str, Decomposition] = {}
         means = _channel_moments(account, dense, pairs) if method.basis == "response" else {}
@@ -163,19 +166,16 @@ class _Run:
             self.kept[pair.producer] = list(range(pair.channels))
             return
         clean = not self._reached(producer, producer)
-        site = self._site(pair, producer, consumer)
-        known = found.get(pair.producer)
-        kept = None if known is None else torch.tensor(known.facts["kept_channels"])
-        if known is not None and pair.consumer in found and self.method.variant == "direct":
-            assert kept is not None
-            self._finish(
-                pair, kept, [known.weight, known.bias], [found[pair.consumer].weight, found[pair.consumer].bias]
-            )
+        if self._chain(pair) <= found.keys():
+            known, reader = found[pair.producer], found[pair.consumer]
+            kept = torch.tensor(known.facts["kept_channels"])
+            self._finish(pair, kept, [known.weight, known.bias], [reader.weight, reader.bias])
             yield known
             if pair.consumer not in self.pairs:
-                yield found[pair.consumer]
+                yield reader
             return
-        result = recover(site, self.method, self.counts[pair.producer], kept)
+        site = self._site(pair, producer, consumer)
+        result = recover(site, self.method, self.counts[pair.producer])
         own, other = self._widened(pair, site, result)
         self._finish(pair, result.kept, own, other)
         if result.reading is not None:
@@ -229,6 +229,20 @@ class _Run:
                 pending += [ref.step for ref in program.steps[step].refs]
         return False
 
+    def _chain(self, pair: Coupling) -> set[str]:
+        """Return all layers that are coupled with one another.
+
+        What a layer in their midst was before its own channels went is not kept: they are finished together or not.
+        """
+        readers = {other.consumer: other for other in self.pairs.values()}
+        while pair.producer in readers:
+            pair = readers[pair.producer]
+        names = {pair.producer}
+        while pair.consumer in self.pairs:
+            pair = self.pairs[pair.consumer]
+            names.add(pair.producer)
+        return names | {pair.consumer}
+
     def _before(self, name: str) -> Coupling | None:
         return next(
             (pair for pair in self.pairs.values() if pair.consumer == name and pair.producer in self.kept), None
@@ -246,12 +260,15 @@ class _Run:
         before = self._before(producer.name)
         if before is not None:
             stays = torch.tensor(self.kept[before.producer])
-            inputs = _channels(inputs, stays, producer, before.taps)
+            read = planes(inputs, producer, before.taps)[:, stays]
             weight = weight.reshape(len(weight), before.channels, -1)[:, stays]
             if producer.name in self.readings:
-                inputs = _embedded(inputs, producer, before.taps, *self.readings[producer.name])
+                reading, shift = self.readings[producer.name]
+                read = torch.matmul(reading.T.to(read), read)
+                read = read if shift is None else read + shift.to(read)[:, None]
                 making = self.splits[producer.name].making
                 weight, bias = making, _entry(dense, producer)
+            inputs = from_planes(read, inputs, producer, before.taps)
             kernel = producer.shape[2:] if producer.window is not None else ()
             weight = weight.reshape(len(weight), -1, *kernel)
         return Site(
@@ -358,40 +375,10 @@ def _channel_moments(account: Account, dense: State, pairs: Mapping[str, Couplin
         for moment in walk(graph.program, [dense], batch, until=max(ends)):
             for pair in ends.get(moment.at, ()):
                 spec = graph.layer(pair.consumer)
-                rows = _pixels(moment.values[0], spec, pair.taps).double()
+                rows = planes(moment.values[0], spec, pair.taps).double().transpose(1, 2).reshape(-1, pair.channels)
                 sums[pair.producer] += rows.T @ rows
                 counts[pair.producer] += len(rows)
     return {name: total / counts[name] for name, total in sums.items()}
-
-
-def _pixels(value: Tensor, consumer: LayerSpec, taps: int) -> Tensor:
-    """Return what a layer reads as rows ``(P · pixels, C)``."""
-    if consumer.window is not None:
-        return value.flatten(2).transpose(1, 2).reshape(-1, value.shape[1])
-    if taps > 1:
-        return value.reshape(len(value), -1, taps).transpose(1, 2).reshape(-1, value.shape[-1] // taps)
-    return value.reshape(-1, value.shape[-1])
-
-
-def _channels(value: Tensor, stays: Tensor, reader: LayerSpec, taps: int) -> Tensor:
-    """Return some channels of what a layer reads, in its shape."""
-    if reader.window is not None:
-        return value[:, stays]
-    if taps > 1:
-        return value.reshape(len(value), -1, taps)[:, stays].flatten(1)
-    return value[..., stays]
-
-
-def _embedded(value: Tensor, reader: LayerSpec, taps: int, reading: Tensor, shift: Tensor | None) -> Tensor:
-    """Return ``Q'ᵀ y + q`` in the shape that a layer of factors reads."""
-    reading, shift = reading.to(value), None if shift is None else shift.to(value)
-    if reader.window is None and taps == 1:
-        found = value @ reading
-        return found if shift is None else found + shift
-    planes = value.flatten(2) if reader.window is not None else value.reshape(len(value), -1, taps)
-    found = torch.matmul(reading.T, planes)
-    found = found if shift is None else found + shift[:, None]
-    return found.reshape(len(value), -1, *value.shape[2:]) if reader.window is not None else found.flatten(1)
 
 
 def _entry(state: Mapping[str, Tensor], spec: LayerSpec) -> Tensor | None:

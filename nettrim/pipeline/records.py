@@ -135,7 +135,8 @@ class Stage:
     bound, measured, output_norm : float
         Of its own ledger: on ``‖ŷ − y‖_F`` against the network that it started from.
     kept, numel : int
-        Weights of its pruned layers.
+        Weights of all layers of the network that it started from: those that it left (in layers that it pruned, those
+        that are not zero), and all, zeros too.
     before, after, data : str
         Digests of the network that it started from, of the one that it gave, and of the calibration samples.
     """

@@ -10,7 +10,9 @@ from typing import Any
 from nettrim.errors import RunError
 from nettrim.pipeline.files import read_json, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
+#: rows of the first version lack `costs` and `latency`, and are read without
+_READ = (1, SCHEMA)
 #: the one file that a comparison keeps in its directory
 FILE = "compare.json"
 #: what must be the same for rows to stand in one table
@@ -65,7 +67,7 @@ class Row:
     layers : tuple of LayerRow
         In execution order.
     kept, numel : int
-        Of all pruned layers.
+        Of all layers to prune.
     accuracy : dict
         Split ("calibration", "held-out") to {"dense", "pruned"}, fractions, where there are labels.
     error : dict
@@ -78,6 +80,12 @@ class Row:
         Of the whole call of `prune`: recording, measuring and bounds too.
     peak_mib : float
         Rise of the process's resident set during that call, in MiB; sampled.
+    costs : dict
+        "dense" and "pruned" to {"weights", "multiply_adds"}: entries of the weights of all layers that are there, zeros
+        too, and multiply-adds of one sample.
+    latency : dict or None
+        Of a module that is smaller, measured against the dense one on this CPU: "speedup", the ratio of the times, its
+        quartiles "lower" and "upper", "dense_seconds", "pruned_seconds", "samples" of the batch, "threads".
     host : dict or None
         Host, commit and versions that this row was made with, where they are not those of the comparison.
     """
@@ -97,6 +105,8 @@ class Row:
     layer_seconds: float = 0.0
     seconds: float = 0.0
     peak_mib: float = 0.0
+    costs: dict[str, dict[str, int]] = field(default_factory=dict)
+    latency: dict[str, float] | None = None
     host: dict[str, Any] | None = None
 
     @property
@@ -141,8 +151,9 @@ def load_comparison(directory: str | Path) -> Comparison:
     """
     path = Path(directory) / FILE
     about = read_json(path)
-    if about.get("schema") != SCHEMA:
+    if about.get("schema") not in _READ:
         raise RunError(f"{path} is of schema {about.get('schema')!r}, and {SCHEMA} is read: use another directory.")
+    about["schema"] = SCHEMA
     try:
         rows = tuple(
             Row(**(row | {"layers": tuple(LayerRow(**layer) for layer in row["layers"])})) for row in about.pop("rows")

@@ -76,14 +76,8 @@ def shorten(
     method, graph = plan.method, plan.graph
     assert isinstance(method, Shallowing)
     began = time.monotonic()
-    units = find_units(graph, account.dense)
-    if not units:
-        raise UnsupportedError(
-            "the network has no units: neither a layer with a ReLU nor a sum of branches that all its data flow through"
-        )
+    units = check_units(plan, account)
     value: Any = next(iter(plan.values.values()))
-    if plan.amount == "units":
-        check_count(units, value)
     curve, going = _going(method, plan.amount, value, account, units, how)
     seconds = time.monotonic() - began
     structure = Structure(removed=tuple(unit.name for unit in going))
@@ -97,6 +91,34 @@ def shorten(
         return evidence, structure, {}
     curve = replace(curve, stages=tuple(unit.stage for unit in units), removed=structure.removed)
     return evidence, structure, {"probes": curve.as_dict()}
+
+
+def check_units(plan: Plan, account: Account) -> tuple[Unit, ...]:
+    """Return the network's units, and refuse what the network or the samples do not allow: nothing is computed yet.
+
+    Raises
+    ------
+    ProblemError, UnsupportedError, MissingExtraError
+        As `shorten`.
+    """
+    method = plan.method
+    assert isinstance(method, Shallowing)
+    units = find_units(plan.graph, account.dense)
+    if not units:
+        raise UnsupportedError(
+            "the network has no units: neither a layer with a ReLU nor a sum of branches that all its data flow through"
+        )
+    value: Any = next(iter(plan.values.values()))
+    goal = _Goal(plan.amount, value, plan.graph)
+    if plan.amount == "units":
+        check_count(units, value)
+    elif plan.amount == "sparsity":
+        # the most that can go: the largest first, so that the smallest of a stage stays
+        goal.require(units, least(units, {unit.name: -float(goal.weights([unit])) for unit in units}))
+    if method.probes:
+        check_labels(account.batches.labels(), method.choice)
+        require_sklearn()
+    return units
 
 
 def _going(

@@ -2,8 +2,9 @@
 
 ``model.safetensors`` and ``masks.safetensors``; ``layers/NAME.safetensors`` (both weights, multipliers, how it
 was solved); ``network.json`` and ``network.safetensors`` (the dense network as a program, and its weights) and
-``samples/``, from which `verify` runs everything again; ``ledger.json``; ``structure.json`` (what a smaller network is without); ``run.json`` (settings, versions, host,
-fingerprints, and the digest of every other file).
+``samples/``, from which `verify` runs everything again; ``ledger.json``; ``structure.json`` (what a smaller network is
+without); ``first.json`` and ``first.safetensors`` (the network that the first of several runs started from);
+``run.json`` (settings, versions, host, fingerprints, and the digest of every other file).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods.decompose import Decomposition
-from nettrim.network.channels import Coupling
+from nettrim.network.channels import Coupling, couplings
 from nettrim.network.program import run
 from nettrim.network.trace import LayerGraph
 from nettrim.pipeline.account import Account
@@ -19,6 +19,21 @@ _HALVINGS = 50  # of a budget's factor
 _LEVELS = 12  # of the energy
 _SAMPLES = 1000  # that decide the energy
 _WHAT = {"macs": "multiply-adds", "sparsity": "weights"}
+
+
+def check_couplings(graph: LayerGraph) -> dict[str, Coupling]:
+    """Return whose channels can go, by producer in execution order.
+
+    Raises
+    ------
+    ProblemError
+        No selected layer's can.
+    """
+    pairs, why = couplings(graph)
+    if not pairs:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
+        raise ProblemError(f"no selected layer has channels that can go ({reasons}); select others.")
+    return pairs
 
 
 def widths(

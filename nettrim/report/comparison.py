@@ -13,7 +13,7 @@ from nettrim.pipeline.files import write_atomically
 from nettrim.pipeline.rows import Comparison, Row
 from nettrim.pipeline.schedule import SCHEDULES
 from nettrim.report.plots import _figure_class
-from nettrim.report.tables import text_table
+from nettrim.report.text import text_table
 
 # Okabe and Ito's colours, which readers with any kind of colour vision tell apart, without the yellow, which is pale
 # on white. Markers change beside them, so that no two of the first forty methods look the same
@@ -43,8 +43,15 @@ def comparison_table(comparison: Comparison) -> str:
         ("call s", lambda row: f"{row.seconds:.2f}"),
         ("peak MiB", lambda row: f"{row.peak_mib:.0f}"),
     ]
+    if any(row.latency is not None for row in done):
+        # beside what is kept: all of it is there, zeros too
+        columns[4:4] = [
+            ("weights %", lambda row: _cost(row, "weights")),
+            ("multiply-adds %", lambda row: _cost(row, "multiply_adds")),
+            ("times as fast", lambda row: "–" if row.latency is None else f"{row.latency['speedup']:.2f}"),
+        ]
     if not any(row.accuracy for row in done):
-        del columns[4]
+        columns = [column for column in columns if column[0] != f"{split} accuracy %"]
     cells: list[list[str]] = []
     budget = None
     for row in _ordered(comparison, split):
@@ -270,6 +277,11 @@ def _share(row: Row) -> float:
     return 100 * row.kept / max(1, row.numel)
 
 
+def _cost(row: Row, kind: str) -> str:
+    """Return what of the dense network's cost is left, in percent; of rows of older files nothing is known."""
+    return f"{100 * row.costs['pruned'][kind] / max(1, row.costs['dense'][kind]):.2f}" if row.costs else "–"
+
+
 def _title(row: Row) -> str:
     return row.method if row.finish is None else f"{row.method} + {row.finish}"
 
@@ -331,6 +343,14 @@ def _notes(comparison: Comparison) -> list[str]:
         "* best of its budget. Errors are relative to the dense outputs; those by layer, of the calibration samples.",
         "method s: pruning the layers; call s: with recording, measuring and bounds; peak MiB: rise during the call.",
     ]
+
+    timed = [row.latency for row in comparison.rows if row.latency is not None]
+    if timed:
+        samples, threads = timed[0]["samples"], timed[0]["threads"]
+        notes.append(
+            "weights, multiply-adds: of all layers, zeros too. times as fast: a smaller network against the dense one "
+            f"on this CPU, {threads} thread{'s' if threads > 1 else ''}, {samples} samples, by turns."
+        )
 
     def where(row: Row) -> str:
         return f"{_title(row)}, {row.schedule}, {row.budget}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nettrim.core.solution import LayerSolution
 from nettrim.pipeline.guarantees import HeldOut
 from nettrim.pipeline.outputs import SPEED
 from nettrim.pipeline.records import LayerRecord, Ledger
+from nettrim.pipeline.speed import is_smaller
+from nettrim.report.structure import chain_lines, structure_lines
+from nettrim.report.text import text_table
 
 
 def ledger_table(ledger: Ledger) -> str:
@@ -94,6 +95,10 @@ def ledger_table(ledger: Ledger) -> str:
     missed = [f"{name} ({status})" for name, status in ledger.uncertified.items()]
     if missed:
         lines.append(f"NOT certified within the tolerance: {', '.join(missed)}")
+    if ledger.chain is not None:
+        lines += ["", *chain_lines(ledger.chain), ""]
+    if is_smaller(ledger):
+        return "\n".join([*lines, *structure_lines(ledger)])
     sizes = {kind: sum(r.bytes[kind] for r in ledger.records) for kind in ("dense", "csr", "bitmask")}
     lines.append("bytes of the pruned weights: " + ", ".join(f"{value:,} {kind}" for kind, value in sizes.items()))
     lines.append(SPEED)
@@ -121,19 +126,6 @@ def solution_table(solution: LayerSolution) -> str:
     if s.note:
         rows.append(("note", s.note))
     return "\n".join(f"{key:<12} {value}" for key, value in rows)
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return columns as wide as their widest cell; the first is flush left, the others right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
 
 
 def _rows(record: LayerRecord) -> str:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from nettrim.core.moments import Moments
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods import METHODS, Alps, LObs, Magnitude, NetTrim, Obs, SparseGpt, Wanda, tolerance_curve
-from nettrim.methods.base import LayerTask, needs
+from nettrim.methods.base import LayerTask, Shrinks, needs
 from nettrim.methods.fit import check_task, mean_error, shortfall_moment
 from nettrim.methods.masks import Pattern
 
 #: every method that can do without rows, as it is by default, and with the settings that change what is read
 WITHOUT_ROWS = [
-    *(make() for make in METHODS.values() if needs(make()) != "rows"),
+    *(make() for make in METHODS.values() if needs(make()) != "rows" and not isinstance(make(), Shrinks)),
     Magnitude(refit=True), Wanda(refit=True), Wanda(group="layer"), LObs(bias="frozen"),
     LObs(bias="pooled", refit=True), LObs(relative_damping=0.01, rerank=True), Obs(bias="frozen"),
     SparseGpt(targets="dense"), Alps(targets="dense"), Alps(bias="kept"), Alps(targets="dense", bias="kept"),
@@ -164,7 +164,7 @@ def test_statistics_are_given_or_made_of_the_rows():
 def test_what_methods_need():
     expected = {
         "net-trim": "rows", "l-obs": "moments", "magnitude": "weight", "obs": "moments", "wanda": "moments",
-        "sparsegpt": "moments", "alps": "moments",
+        "sparsegpt": "moments", "alps": "moments", "ldrf": "rows", "shallowing": "weight",
     }  # fmt: skip
     assert {name: needs(make()) for name, make in METHODS.items()} == expected
     assert needs(Magnitude(refit=True)) == "moments"

@@ -17,6 +17,7 @@ from nettrim.network.batches import read_batches
 from nettrim.network.edit import find_weight, frozen_copy
 from nettrim.network.finishing import Distill, FineTune, Finished
 from nettrim.network.gradual import keep_most
+from nettrim.network.losses import taught
 from nettrim.network.trace import trace
 from nettrim.network.training import train
 
@@ -127,6 +128,109 @@ def test_it_is_never_worse_than_its_start(teacher, finish):
     found = finish.run(model, teacher, X, Y, masks)
     assert found.best_epoch == 0
     assert torch.equal(weights(model), weights(start_of(teacher, masks)))
+
+
+# a teacher beside the labels -----------------------------------------------------------------------------------------
+
+
+def test_without_mixing_fine_tuning_is_cross_entropy_alone(teacher):
+    model, masks = pruned(teacher, 1.0)
+    fine_tune(model, X, Y, masks, epochs=3, learning_rate=0.01, batch_size=30, validation=0.0, seed=4)
+    told, plain = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
+    FineTune(3, 0.01, 30, validation=0.0, mixing=0.0, temperature=7.0).run(told, network(), X, Y, masks, None, 4)
+    drawn = torch.randperm(len(X), generator=torch.Generator().manual_seed(4))
+    train(plain, X[drawn], Y[drawn], epochs=3, learning_rate=0.01, batch_size=30, seed=4)
+    assert torch.equal(weights(model), weights(plain))
+    assert torch.equal(weights(told), weights(plain))
+    mixed = copy.deepcopy(teacher).requires_grad_(True)
+    FineTune(3, 0.01, 30, validation=0.0, mixing=0.3).run(mixed, network(), X, Y, masks, None, 4)
+    assert not torch.equal(weights(mixed), weights(plain))
+
+
+@pytest.mark.parametrize(("mixing", "temperature"), [(0.0, 4.0), (0.3, 1.0), (0.9, 4.0), (1.0, 2.5)])
+def test_the_loss_with_a_teacher_is_hintons(mixing, temperature):
+    z, t = (torch.randn(6, 4, dtype=torch.float64).requires_grad_(k == 0) for k in range(2))
+    y = torch.tensor([0, 3, 1, 1, 2, 0])
+    value = taught(z, y, t, mixing, temperature, several=False)
+    p, s = (torch.softmax(each / temperature, dim=1) for each in (t, z))
+    chances = torch.softmax(z, dim=1)
+    direct = (1 - mixing) * -chances[torch.arange(6), y].log().mean()
+    direct = direct + mixing * temperature**2 * (p * (p / s).log()).sum(1).mean()
+    assert value.item() == pytest.approx(direct.item(), rel=1e-12)
+    value.backward()
+    own = (1 - mixing) * (chances - F.one_hot(y, 4)) + mixing * temperature * (s - p)
+    assert torch.allclose(z.grad, own.detach() / 6, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.6, 1.0])
+def test_the_loss_of_several_labels_is_binary(mixing):
+    z, t = (3 * torch.randn(5, 3, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_(True)
+    y = torch.rand(5, 3) > 0.5
+    value = taught(z, y, t, mixing, 2.0, several=True)
+    p, s, own = torch.sigmoid(t / 2), torch.sigmoid(z / 2), torch.sigmoid(z)
+    direct = (1 - mixing) * -torch.where(y, own, 1 - own).log().mean()
+    direct = direct + mixing * 4 * (p * (p / s).log() + (1 - p) * ((1 - p) / (1 - s)).log()).mean()
+    assert value.item() == pytest.approx(direct.item(), rel=1e-10)
+    value.backward()
+    wanted = (1 - mixing) * (own - y.double()) + mixing * 2 * (s - p)
+    assert torch.allclose(z.grad, wanted.detach() / 15, rtol=1e-9, atol=1e-14)
+
+
+def test_large_outputs_have_a_finite_loss_and_gradient():
+    z = torch.tensor([[900.0, -900.0]]).requires_grad_(True)
+    t = torch.tensor([[-900.0, 900.0]])
+    for several, y in ((False, torch.tensor([0])), (True, torch.tensor([[True, False]]))):
+        value = taught(z, y, t, 0.5, 4.0, several)
+        (gradient,) = torch.autograd.grad(value, z)
+        assert bool(value.isfinite())
+        assert bool(gradient.isfinite().all())
+        assert gradient[0, 0] > 0 > gradient[0, 1]  # towards the teacher
+
+
+def test_a_teacher_draws_the_network_to_its_outputs(teacher):
+    found = {}
+    for mixing in (0.0, 1.0):
+        model, masks = pruned(teacher, 0.4)
+        settings = FineTune(15, 0.01, 20, mixing=mixing, temperature=2.0)
+        settings.run(model, teacher, X, None if mixing == 1 else Y, masks)
+        assert equal(supports(model), masks)
+        with torch.no_grad():
+            t, s = (torch.log_softmax(each(X), dim=1) for each in (teacher, model))
+        found[mixing] = float((t.exp() * (t - s)).sum(1).mean())
+    assert found[1.0] < 0.7 * found[0.0]
+
+
+def test_several_labels_are_learnt(teacher):
+    labels = torch.stack([X[:, 0] > 0, X[:, 1] > 0, X[:, 2] > 1], dim=1)
+    for mixing in (0.0, 0.5):
+        model, masks = pruned(teacher, 0.6)
+        before = F.binary_cross_entropy_with_logits(start_of(teacher, masks)(X), labels.float()).item()
+        FineTune(15, 0.02, 20, mixing=mixing).run(model, teacher, X, labels, masks)
+        assert F.binary_cross_entropy_with_logits(model(X), labels.float()).item() < 0.7 * before
+
+
+def test_what_a_teacher_or_labels_lack_is_refused(teacher):
+    model, masks = pruned(teacher)
+    before = weights(model)
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ProblemError, match="mixing is"):
+            FineTune(mixing=wrong)
+    with pytest.raises(ProblemError, match="temperature is 0"):
+        FineTune(mixing=0.5, temperature=0)
+    with pytest.raises(ProblemError, match="needs the dense network as teacher"):
+        FineTune(mixing=0.5).run(model, None, X, Y, masks)
+    with pytest.raises(ProblemError, match="needs labels"):
+        FineTune(mixing=0.5).run(model, teacher, X, None, masks)
+    with pytest.raises(ProblemError, match="K outputs"):
+        FineTune().run(model, None, X, torch.ones(200, 4), masks)
+    with pytest.raises(ProblemError, match="one row for each"):
+        FineTune().run(model, None, X, torch.ones(199, 3), masks)
+    with pytest.raises(ProblemError, match=r"labels lie in 1 \.\.\. 2"):
+        FineTune().run(model, None, X, 2 - torch.eye(3)[Y], masks)
+    with pytest.raises(ProblemError, match="integer classes"):
+        FineTune().run(model, None, X, Y.double(), masks)
+    assert torch.equal(weights(model), before)
 
 
 def test_the_rate_rises_stays_and_falls():

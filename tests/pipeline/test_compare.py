@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from networks import seeded
 from torch import nn
 
 import nettrim
@@ -333,6 +334,58 @@ def test_a_directory_in_use_is_refused(tmp_path, network, batches, calls):
     assert calls == []
 
 
+def test_a_file_of_the_first_version_is_read_and_gone_on_with(tmp_path, network, batches, calls):
+    out = tmp_path / "out"
+    found = compare(network, batches, ["magnitude"], [0.5], out_dir=out, **QUIET)
+    stored = json.loads((out / "compare.json").read_text())
+    for row in stored["rows"]:
+        del row["costs"], row["latency"]
+    (out / "compare.json").write_text(json.dumps(stored | {"schema": 1}))
+    old = load_comparison(out)
+    assert old.rows == (replace(found.rows[0], costs={}),)
+    del calls[:]
+    more = compare(network, batches, ["magnitude"], [0.5, 0.25], out_dir=out, resume=True, **QUIET)
+    assert calls == [("magnitude", 0.25, "cascade")]
+    assert more.rows[0] == old.rows[0]
+    assert json.loads((out / "compare.json").read_text())["schema"] == 2
+
+
+def test_smaller_networks_beside_sparse_ones():
+    def unit(before, after):
+        return [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+
+    model = seeded(
+        nn.Sequential(*unit(2, 6), *unit(6, 6), *unit(6, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)), 5
+    )
+    drawing = torch.Generator().manual_seed(6)
+    x, labels = torch.randn(60, 2, 6, 6, generator=drawing), torch.randint(0, 3, (60,), generator=drawing)
+    methods = ["magnitude", nettrim.Ldrf(steps=5), nettrim.Shallowing(probe_seeds=1)]
+    found = compare(model, [(x, labels)], methods, [0.25, 0.9], **QUIET)
+    rows = {(row.method.split()[0], row.budget): row for row in found.rows}
+    assert list(rows) == [(name, budget) for budget in ("0.25", "0.9") for name in ("magnitude", "ldrf", "shallowing")]
+    # what cannot be reached is one row's failure, and says why
+    failed = rows.pop(("shallowing", "0.9"))
+    assert "sparsity=0.9 cannot be reached by taking units out" in failed.failure
+    assert (failed.costs, failed.latency) == ({}, None)
+    dense = {"weights": 774, "multiply_adds": 36 * 756 + 18}
+    for (method, budget), row in rows.items():
+        assert row.failure is None
+        assert row.costs["dense"] == dense
+        assert row.numel == 774
+        assert row.kept <= 774 * (1 - float(budget)) + 1
+        if method == "magnitude":
+            assert row.costs["pruned"] == dense
+            assert row.latency is None
+        else:
+            assert row.kept <= row.costs["pruned"]["weights"] < 774
+            assert row.costs["pruned"]["multiply_adds"] < dense["multiply_adds"]
+            assert 0 < row.latency["lower"] <= row.latency["speedup"] <= row.latency["upper"]
+            assert (row.latency["samples"], row.latency["threads"]) == (60, 1)
+    assert rows["shallowing", "0.25"].kept == 774 - 324
+    assert rows["shallowing", "0.25"].costs["pruned"]["weights"] == 774 - 324
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
 def test_files_that_are_no_comparison_are_refused(tmp_path, network, batches):
     compare(network, batches, ["magnitude"], [0.5], out_dir=tmp_path / "out", **QUIET)
     path = tmp_path / "out" / "compare.json"
@@ -340,7 +393,7 @@ def test_files_that_are_no_comparison_are_refused(tmp_path, network, batches):
     spoiled = {
         "truncated": path.read_text()[:300],
         "holds no JSON object": "[]",
-        "schema 2": json.dumps(good | {"schema": 2}),
+        "schema 3": json.dumps(good | {"schema": 3}),
         "none of a comparison": json.dumps(good | {"rows": [{"method": "x"}]}),
         "rows that are none": json.dumps(good | {"rows": [good["rows"][0] | {"colour": 1}]}),
         "lacks data, host": json.dumps({k: v for k, v in good.items() if k not in ("data", "host")}),

@@ -19,12 +19,14 @@ import nettrim
 from nettrim import LObs, NetTrim, Overall, Pattern
 from nettrim.core.moments import Moments
 from nettrim.methods import LayerTask, make_method
-from nettrim.methods.base import needs
+from nettrim.methods.base import Shrinks, needs
 from nettrim.network.trace import LayerSpec
 from nettrim.pipeline import budget, plan
 from nettrim.pipeline.collect import choose_rows
 
 SAMPLES = 24
+#: those that prune single layers; what the others make is in `test_shrink.py`
+LAYERED = [name for name, make in nettrim.METHODS.items() if not isinstance(make(), Shrinks)]
 TRIM = NetTrim(tol=1e-2, on_failure="return", evidence=False)
 
 #: layer, what lies behind it, size of a sample
@@ -200,7 +202,7 @@ def test_prune_is_the_method_on_the_unfolded_rows(kind, name, amount):
     assert_bounds_hold(result.ledger)
 
 
-@pytest.mark.parametrize("name", nettrim.METHODS)
+@pytest.mark.parametrize("name", [*LAYERED, "ldrf"])
 def test_model_and_samples_are_left_as_they_were(name):
     model = nn.Sequential(*network_of("stride, norm"), nn.Flatten(), nn.Dropout(0.5), nn.LazyLinear(3))
     x = samples_of("stride, norm")
@@ -295,7 +297,7 @@ def test_what_stays_is_the_least_squares_weight_with_a_column_of_ones(kind, meth
 # groups that keep nothing --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", nettrim.METHODS)
+@pytest.mark.parametrize("name", LAYERED)
 @pytest.mark.parametrize("rows", [None, 64])
 def test_fewer_weights_than_groups_leave_constant_channels(name, rows):
     model, x = network_of("depthwise, norm"), samples_of("depthwise, norm")
@@ -379,7 +381,7 @@ def allocated():
     return allocate
 
 
-@pytest.mark.parametrize("name", nettrim.METHODS)
+@pytest.mark.parametrize("name", LAYERED)
 def test_overall_is_exact_over_all_layers_together(name, allocated, monkeypatch):
     monkeypatch.setattr(plan, "allocate", allocated)
     result = nettrim.prune(tower(), [images()], method_of(name), sparsity=Overall(0.8), progress=False)
@@ -390,7 +392,7 @@ def test_overall_is_exact_over_all_layers_together(name, allocated, monkeypatch)
     assert_bounds_hold(result.ledger)
 
 
-@pytest.mark.parametrize("name", nettrim.METHODS)
+@pytest.mark.parametrize("name", LAYERED)
 def test_a_layer_behind_a_pruned_one_is_fitted_on_what_reaches_it(name):
     model = seeded(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2, padding=1)), 23)
     x, method = images(), method_of(name)
@@ -406,7 +408,7 @@ def test_a_layer_behind_a_pruned_one_is_fitted_on_what_reaches_it(name):
     assert_same(result.model[2:], expected.weight, expected.bias)
 
 
-@pytest.mark.parametrize("name", nettrim.METHODS)
+@pytest.mark.parametrize("name", LAYERED)
 def test_two_workers_give_the_same(name):
     alone, both = (
         nettrim.prune(tower(), [images()], method_of(name), sparsity=0.6, executor=n, progress=False)
@@ -416,7 +418,7 @@ def test_two_workers_give_the_same(name):
         assert torch.equal(tensor, both.model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", [name for name in nettrim.METHODS if name != "net-trim"])
+@pytest.mark.parametrize("name", [name for name in LAYERED if name != "net-trim"])
 def test_moments_of_all_rows_leave_no_say_to_a_sample(name):
     x = images()
     whole, few, other = (

@@ -20,6 +20,7 @@ from nettrim.network.training import train
 from nettrim.pipeline import plan as planning
 from nettrim.pipeline.compare import compare
 from nettrim.pipeline.finish import overstepped
+from nettrim.pipeline.prune import DRIVERS
 from nettrim.report.tables import ledger_table
 
 NAMES = ["0", "3", "5"]
@@ -94,7 +95,10 @@ def no_pruning(monkeypatch) -> None:
         raise AssertionError("done a second time")
 
     for make in nettrim.METHODS.values():
-        monkeypatch.setattr(make, "prune_layer", fail)
+        if hasattr(make, "prune_layer"):
+            monkeypatch.setattr(make, "prune_layer", fail)
+    for removes in DRIVERS:
+        monkeypatch.setitem(DRIVERS, removes, fail)
     monkeypatch.setattr(planning, "allocate", fail)
 
 
