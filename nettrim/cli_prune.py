@@ -187,9 +187,8 @@ def _method(options: argparse.Namespace) -> str | Method | Shrinks:
         readers = [other for other, (_, flags) in _SETTINGS.items() if foreign[0] in flags]
         said = {"evidence": "no-evidence"}
         flags = ", ".join("--" + said.get(flag, flag.replace("_", "-")) for flag in foreign)
-        raise ProblemError(
-            f"{flags} given, which only {' and '.join(readers)} reads, and the method is {name!r}: leave them out."
-        )
+        read = f"{' and '.join(readers)} read{'s' if len(readers) == 1 else ''}"
+        raise ProblemError(f"{flags} given, which only {read}, and the method is {name!r}: leave them out.")
     if make is None or not given:
         return name
     if options.swaps is not None and options.swaps < 0:

@@ -22,7 +22,9 @@ ALLOWED = {
     "demo": {"errors", "core", "network", "methods", "pipeline", "report", "data"},
     "cli_compare": {"errors", "network", "methods", "pipeline", "report", "data", "loading", "cli_network"},
     "cli_network": {"errors", "core", "network", "methods", "pipeline", "loading"},
-    "cli_prune": {"errors", "methods", "pipeline", "data", "loading", "cli_network", "cli_compare"},
+    "cli_prune": {
+        *("errors", "network", "methods", "pipeline", "report", "data", "loading", "cli_network", "cli_compare"),
+    },
     "cli": {
         *("errors", "core", "network", "methods", "pipeline", "report", "data", "loading", "demo", ""),
         *("cli_compare", "cli_network", "cli_prune"),

@@ -29,6 +29,7 @@ from benchmarks.model.train_nets import make, measure
 from nettrim import FineTune, Ldrf
 from nettrim.data import Data, load
 from nettrim.network.batches import Batches, read_batches
+from nettrim.network.reestimate import reinsert_norms
 from nettrim.pipeline.account import Account
 from nettrim.pipeline.files import describe_place
 from nettrim.pipeline.layers import How
@@ -77,7 +78,8 @@ def narrowed(
 
 def tuned(model: nn.Module, dense: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     """Fine-tune in place, without choosing an epoch: all alike."""
-    settings = FineTune(epochs=epochs, validation=0.0, patience=None, learning_rate=2e-3)
+    settings = FineTune(epochs=epochs, validation=0.0, patience=None, learning_rate=1e-3)
+    reinsert_norms(model, images)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     masks = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
     settings.run(model.requires_grad_(True), dense, images, labels, masks, seed=seed)

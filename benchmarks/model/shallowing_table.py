@@ -95,7 +95,13 @@ def recovered(
 ) -> nn.Module:
     """Train in place: the same for all."""
     settings = FineTune(
-        epochs=options.epochs, validation=0.0, patience=None, learning_rate=options.rate, mixing=mixing, temperature=4.0
+        epochs=options.epochs,
+        batch_size=32,  # many short steps: the images are few
+        validation=0.0,
+        patience=None,
+        learning_rate=options.rate,
+        mixing=mixing,
+        temperature=4.0,
     )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     masks = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=5000, help="images that units are judged on")
     parser.add_argument("--tune-samples", type=int, default=5000, help="training images of the recovery")
     parser.add_argument("--epochs", type=int, default=1, help="of the recovery")
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the recovery")
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of the recovery")
     parser.add_argument("--mixing", type=float, default=0.9, help="share of the teacher in the recovery's loss")
     parser.add_argument("--summary", action="store_true", help="only print what the file holds")
     options = parser.parse_args(arguments)

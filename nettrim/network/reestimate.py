@@ -97,3 +97,51 @@ class Reestimate:
                 for norm, (momentum, _) in zip(norms, before, strict=True):
                     norm.momentum = momentum
         return Finished(dict(masks), (), (), steps, 0, time.monotonic() - began)
+
+
+def reinsert_norms(model: nn.Module, inputs: Tensor | Batch | Batches, batch_size: int = 256) -> None:
+    """Give every batch norm the statistics of what it reads now, and the scale and shift with which it does the same.
+
+    Layers that were fitted anew behind folded batch norms have statistics that are still the dense network's: in
+    training mode, where those of the batch are taken, the network would jump. With ``s = γ / √(σ² + ε)`` and the mean
+    ``μ'`` and variance ``σ'²`` of its inputs, ``γ' = s √(σ'² + ε)`` and ``β' = β + s (μ' − μ)`` leave it as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. Batch norms without running statistics, scale or shift stay.
+    inputs : Tensor, Batch or Batches
+    batch_size : int
+        Samples that run at a time.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.affine]
+    if not norms:
+        return
+    like = next(model.parameters())
+    sums = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64, device=like.device) for norm in norms}
+
+    def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().double().transpose(0, 1).flatten(1)
+        assert isinstance(norm, _BatchNorm)
+        sums[norm] += torch.stack([torch.full_like(rows[:, 0], rows.shape[1]), rows.sum(1), rows.square().sum(1)])
+
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in pieces(inputs if isinstance(inputs, Batches) else joined(inputs), batch_size):
+                forward(model, moved(batch, like))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, (count, total, squares) in sums.items():
+        if not bool(count.all()):
+            continue  # the forward passes it by
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        assert norm.running_mean is not None and norm.running_var is not None
+        with torch.no_grad():
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            norm.bias.copy_(norm.bias.double() + scale * (mean - norm.running_mean.double()))
+            norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)

@@ -21,7 +21,7 @@ from nettrim.network.edit import double_copy, find_weight, frozen_copy, raw_stat
 from nettrim.network.finishing import Distill, FineTune, Finished
 from nettrim.network.labels import check_targets, is_several
 from nettrim.network.observe import call, output_of
-from nettrim.network.reestimate import Reestimate
+from nettrim.network.reestimate import Reestimate, reinsert_norms
 from nettrim.network.slim import Slimming
 from nettrim.network.trace import Traced
 from nettrim.network.training import check_classes, check_labels
@@ -159,7 +159,7 @@ def run_finish(
 ) -> tuple[nn.Module, list[LayerEvidence], dict[str, Any]]:
     """Train a copy of the pruned network on; return it, its layers, and what was done as JSON values.
 
-    A smaller network, of which `slimming` says what is gone, has no zeros to hold: all that is left is trained.
+    Of a smaller network, of which `slimming` says what is gone, all that is left is trained, but for zeros.
 
     Raises
     ------
@@ -167,12 +167,14 @@ def run_finish(
         The object did not do what finishing is: pruned weights came back, or more are left than was said.
     """
     model, batches = frozen_copy(pruned), account.batches
+    if slimming is not None and slimming.structure.channels:
+        reinsert_norms(model, batches)
     labels = batches.labels()
     if slimming is None:
         masks = {layer.name: layer.mask for layer in layers if layer.pruned}
     else:
         left = [layer.name for layer in layers if not layer.removed]
-        masks = {name: torch.ones_like(find_weight(model, name), dtype=torch.bool) for name in left}
+        masks = {name: find_weight(model, name).detach() != 0 for name in left}
     held = {name: int(mask.sum()) for name, mask in masks.items()}
     # a weight may be zero without having been pruned, and what is not there cannot be left
     if isinstance(targets, Mapping):

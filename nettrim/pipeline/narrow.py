@@ -82,7 +82,7 @@ def narrow(
         bar.set_postfix_str(pair.producer)
         for layer in run.narrow(pair, found):
             evidence[layer.name] = layer
-            if store is not None and layer.name not in found:
+            if store is not None and found.get(layer.name) is not layer:
                 store.write_layer(layer)
         bar.update()
         trim()

@@ -13,7 +13,7 @@ from torch import nn
 import nettrim
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.network.batches import Batch, read_batches
-from nettrim.network.reestimate import Reestimate
+from nettrim.network.reestimate import Reestimate, reinsert_norms
 
 
 def plain():
@@ -255,3 +255,30 @@ def test_it_lowers_the_error_of_a_network_pruned_by_magnitude(finish, tmp_path):
             assert same == ("running" not in key and "num_batches" not in key), key
     checked = nettrim.verify(tmp_path / "run")
     assert checked.holds, checked.failures
+
+
+def test_reinserted_norms_compute_the_same_with_the_statistics_of_what_they_read():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)
+    )
+    inputs = torch.rand(40, 2, 8, 8)
+    with torch.no_grad():
+        for norm in (model[1], model[4]):
+            (
+                norm.weight.uniform_(0.5, 2),
+                norm.bias.normal_(),
+                norm.running_mean.normal_(),
+                norm.running_var.uniform_(1, 3),
+            )
+        model[1].weight[2] = 0
+    model.double().eval()
+    before = model(inputs.double())
+    reinsert_norms(model, inputs.double(), batch_size=16)
+    assert torch.allclose(model(inputs.double()), before, rtol=0, atol=1e-12)
+    read = model[0](inputs.double())
+    assert torch.allclose(model[1].running_mean, read.mean((0, 2, 3)), atol=1e-12)
+    assert torch.allclose(model[1].running_var, read.var((0, 2, 3), unbiased=False), atol=1e-12)
+    # in training mode, on the same samples, it does not jump
+    assert torch.allclose(model.train()(inputs.double()), before, atol=1e-9)
+    assert not model[1]._forward_pre_hooks

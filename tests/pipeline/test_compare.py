@@ -372,7 +372,7 @@ def test_smaller_networks_beside_sparse_ones():
         assert row.failure is None
         assert row.costs["dense"] == dense
         assert row.numel == 774
-        assert row.kept <= 774 * (1 - float(budget)) + 1
+        assert row.kept <= 774 * (1 - float(budget)) + 4  # a weight less than one of each layer is not taken
         if method == "magnitude":
             assert row.costs["pruned"] == dense
             assert row.latency is None

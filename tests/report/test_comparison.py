@@ -109,6 +109,29 @@ def test_what_is_uncertified_finished_or_from_elsewhere_is_said():
     assert "1 of the rows were made on another host or version" in text
 
 
+def test_what_smaller_networks_cost_stands_beside_what_is_kept():
+    def costs(weights, sums):
+        return {"dense": {"weights": 900, "multiply_adds": 4000}, "pruned": {"weights": weights, "multiply_adds": sums}}
+
+    latency = {"speedup": 2.345, "lower": 2.1, "upper": 2.6, "dense_seconds": 2.0, "pruned_seconds": 0.9}
+    small = replace(ROWS[0], costs=costs(225, 800), latency=latency | {"samples": 64, "threads": 1})
+    sparse = replace(ROWS[2], costs=costs(900, 4000))
+    found = Comparison((small, sparse, ROWS[4], ROWS[5]), ABOUT)  # the third is of a file of the first version
+    assert "kept %  weights %  multiply-adds %  times as fast  held-out accuracy %" in comparison_table(found)
+    assert [line[3:7] for line in lines(found)] == [
+        ["10.00", "100.00", "100.00", "–"],
+        ["10.00", "–", "–", "–"],
+        ["10.00", "25.00", "20.00", "2.35"],
+        ["FAILED", *["–"] * 3],
+    ]
+    assert len(lines(found)[3]) == 3 + 1 + 9
+    assert "against the dense one on this CPU, 1 thread, 64 samples, by turns." in comparison_table(found)
+    assert "times as fast" not in comparison_table(Comparison((sparse, *ROWS), ABOUT))
+    unlabelled = comparison_table(Comparison((replace(small, accuracy={}),), ABOUT))
+    assert "accuracy" not in unlabelled
+    assert "times as fast" in unlabelled
+
+
 def test_without_held_out_samples_the_calibration_samples_decide():
     about = ABOUT | {"samples": {"calibration": 1000}}
     plain = tuple(
