@@ -8,7 +8,7 @@ import pytest
 from nettrim.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("certificates", "solvers", "methods", "exact", "networks", "outputs")
+NAMES = ("certificates", "solvers", "methods", "exact", "networks", "outputs", "structure")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 BLOCKS = [
     (path.name, i, code)

@@ -37,13 +37,13 @@ from nettrim.pipeline.narrow import narrow
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.prune import module_of
 
-SELECTORS = ("l1", "energy", "lasso", "random")
+SELECTORS = ("l1", "lasso", "random")
 #: method -> settings but the selector
 METHODS: dict[str, Callable[..., Ldrf]] = {
     "cut": Ldrf.cut,
     "ls": lambda **settings: Ldrf(**{**settings, "steps": 0}),
     "ldrf": Ldrf,
-    "ldrf-response": lambda **settings: Ldrf(basis="response", energy=0.99, **settings),
+    "ldrf-response": lambda **settings: Ldrf(basis="response", energy=0.9, **settings),
     "core": lambda **settings: Ldrf(variant="core", **settings),
     "control": Ldrf.control,
 }
@@ -53,8 +53,8 @@ CELLS = (
     *(("ls", selector) for selector in (*SELECTORS, "thinet")),
     *(("ldrf", selector) for selector in SELECTORS),
     ("control", "l1"),
-    ("core", "l1"),
     ("ldrf-response", "l1"),
+    ("core", "l1"),
 )
 #: those that are fine-tuned as well
 TUNED = (("ls", "l1"), ("ls", "lasso"), ("ldrf", "l1"), ("ldrf", "lasso"), ("control", "l1"))

@@ -75,7 +75,7 @@ class Ldrf:
     variant: str = "direct"
     selector: str = "l1"
     steps: int = 1000
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     target: str = "embedding"
     basis: str = "weight"
     energy: float = 1.0
