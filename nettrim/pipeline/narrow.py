@@ -22,7 +22,7 @@ from nettrim.methods.decompose import Decomposition, decompose, recompose
 from nettrim.methods.ldrf import Ldrf
 from nettrim.methods.recover import Recovered, Site, recover
 from nettrim.network.batches import Batch
-from nettrim.network.channels import Coupling, couplings, from_planes, planes
+from nettrim.network.channels import Coupling, from_planes, planes
 from nettrim.network.program import walk
 from nettrim.network.structure import Structure
 from nettrim.network.trace import LayerSpec
@@ -32,7 +32,7 @@ from nettrim.pipeline.memory import trim
 from nettrim.pipeline.plan import Plan
 from nettrim.pipeline.records import LayerEvidence
 from nettrim.pipeline.store import RunStore
-from nettrim.pipeline.widths import valid_energy, widths
+from nettrim.pipeline.widths import check_couplings, valid_energy, widths
 
 State = dict[str, Tensor]
 
@@ -134,10 +134,7 @@ class _Run:
     def of(plan: Plan, account: Account, standing: Standing, how: How) -> _Run:
         method, graph = plan.method, plan.graph
         assert isinstance(method, Ldrf)
-        pairs, why = couplings(graph)
-        if not pairs:
-            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
-            raise ProblemError(f"no selected layer has channels that can go ({reasons}); select others.")
+        pairs = check_couplings(graph)
         if how.rows is not None:
             method = replace(method, rows=how.rows)
         doubled = all(dtype == torch.float64 for dtype in account.dtypes.values() if dtype.is_floating_point)

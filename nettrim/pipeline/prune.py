@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nettrim.core.problem import check_seed
 from nettrim.errors import ProblemError, UnsupportedError
-from nettrim.methods import Ldrf, Method, Shallowing, Shrinks
+from nettrim.methods import Method, Shrinks
 from nettrim.methods.base import needs
 from nettrim.methods.masks import Pattern
 from nettrim.network.batches import read_batches
@@ -37,11 +37,11 @@ from nettrim.pipeline.records import LayerEvidence
 from nettrim.pipeline.result import PruneResult
 from nettrim.pipeline.shorten import check_units, shorten
 from nettrim.pipeline.store import RunStore, describe_run, require_free, require_same, started_run
-from nettrim.pipeline.widths import check_couplings, widths
+from nettrim.pipeline.widths import check_channels
 
 _COMPARED = 8  # samples that a smaller module is held against its steps on
-#: what goes -> how
-DRIVERS: dict[str, Any] = {"channels": narrow, "units": shorten}
+#: what goes -> what refuses amounts before a run directory is made, and what does it
+DRIVERS: dict[str, Any] = {"channels": (check_channels, narrow), "units": (check_units, shorten)}
 
 
 def prune(
@@ -163,7 +163,7 @@ def prune(
             check_batches(plan.finish, dense, calibration)
         account = Account.of(dense, plan.traced, calibration, held, limit)
         if isinstance(plan.method, Shrinks):
-            _check_shrinking(plan, account)
+            DRIVERS[plan.method.removes][0](plan, account)
         ahead = estimate(plan.graph, needs(plan.method), calibration, held, how.rows, limit, account.at_a_time)
         if progress and sys.stderr.isatty():
             tqdm.write(f"nettrim: {ahead.sentence()}", file=sys.stderr)
@@ -198,7 +198,7 @@ def _run(
     proofs: dict[str, Proof] = {}
     about: dict[str, Any] = {}
     if isinstance(plan.method, Shrinks):
-        evidence, structure, about = DRIVERS[plan.method.removes](plan, account, standing, how, store, found)
+        evidence, structure, about = DRIVERS[plan.method.removes][1](plan, account, standing, how, store, found)
         standing = standing.without(account.slimming(structure))
     else:
         evidence, proofs = prune_waves(plan, account, standing, how, store, found)
@@ -258,17 +258,6 @@ def module_of(model: nn.Module, standing: Standing) -> nn.Module:
     batch = standing.account.batches.first(_COMPARED)
     small = standing.slimming.module(model, standing.changed, standing.state, batch)
     return standing.steps() if small is None else small
-
-
-def _check_shrinking(plan: Plan, account: Account) -> None:
-    """Refuse an amount that this network cannot be shrunk by, before a run directory is made."""
-    if isinstance(plan.method, Shallowing):
-        check_units(plan, account)
-    elif isinstance(plan.method, Ldrf):
-        pairs = check_couplings(plan.graph)
-        # which budgets can be reached at all does not hang on how they are split
-        capacities = {name: pair.channels for name, pair in pairs.items()}
-        widths(plan.graph, pairs, plan.amount, plan.values, capacities if plan.method.allocate == "capacity" else None)
 
 
 def _require_same_path(account: Account, standing: Standing, pruned: nn.Module) -> None:

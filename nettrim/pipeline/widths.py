@@ -10,10 +10,12 @@ from torch import Tensor
 
 from nettrim.errors import ProblemError, UnsupportedError
 from nettrim.methods.decompose import Decomposition
+from nettrim.methods.ldrf import Ldrf
 from nettrim.network.channels import Coupling, couplings
 from nettrim.network.program import run
 from nettrim.network.trace import LayerGraph
 from nettrim.pipeline.account import Account
+from nettrim.pipeline.plan import Plan
 
 _HALVINGS = 50  # of a budget's factor
 _LEVELS = 12  # of the energy
@@ -34,6 +36,21 @@ def check_couplings(graph: LayerGraph) -> dict[str, Coupling]:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
         raise ProblemError(f"no selected layer has channels that can go ({reasons}); select others.")
     return pairs
+
+
+def check_channels(plan: Plan, account: Account) -> None:
+    """Refuse amounts by which this network cannot be made narrower.
+
+    Raises
+    ------
+    ProblemError, UnsupportedError
+        As `check_couplings` and `widths`.
+    """
+    pairs = check_couplings(plan.graph)
+    assert isinstance(plan.method, Ldrf)
+    # which budgets can be reached at all does not hang on how they are split
+    capacities = {name: pair.channels for name, pair in pairs.items()}
+    widths(plan.graph, pairs, plan.amount, plan.values, capacities if plan.method.allocate == "capacity" else None)
 
 
 def widths(
