@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines[0]["multiply-adds"] = current.ledger.costs["dense"]["multiply_adds"]
         lines.append(line(name, current, dense, test, images))
         print(json.dumps(lines[-1]), flush=True)
-        about = {key: str(value) for key, value in vars(options).items()} | describe_place()
+        places = ("data", "weights", "out", "resume")
+        about = {key: str(value) for key, value in vars(options).items() if key not in places} | describe_place()
         (options.out / "composed.json").write_text(json.dumps({"about": about, "stages": lines}, indent=1) + "\n")
     for name, *_ in stages:
         found = nettrim.verify(options.out / name)

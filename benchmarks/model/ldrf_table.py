@@ -59,6 +59,9 @@ CELLS = (
 #: those that are fine-tuned as well
 TUNED = (("ls", "l1"), ("ls", "lasso"), ("ldrf", "l1"), ("ldrf", "lasso"), ("control", "l1"))
 
+#: options that say where, not what
+PLACES = ("data", "weights", "out", "summary")
+
 
 def narrowed(
     model: nn.Module, batches: Batches, method: Ldrf, share: float, seed: int
@@ -101,7 +104,8 @@ def run(options: argparse.Namespace, data: Data) -> None:
         model.load_state_dict(load_file(options.weights / f"{options.net}_seed{seed}.safetensors"))
         chosen = torch.randperm(len(train.inputs), generator=torch.Generator().manual_seed(seed))[: options.samples]
         batches = read_batches([train.inputs[chosen]], memory_limit=2**30)
-        settings = METHODS[method](selector=selector, **({} if method == "cut" else {"steps": options.steps}))
+        effort = {} if method == "cut" else {"steps": options.steps, "learning_rate": options.rate}
+        settings = METHODS[method](selector=selector, **effort)
         small, errors, seconds = narrowed(model.eval(), batches, settings, share, seed)
         row = {"seed": seed, "share": share, "method": method, "selector": selector, "seconds": seconds}
         row |= {"dense": measure(model, test.inputs, test.labels), "errors": errors}
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace, data: Data) -> None:
             tuned(small, model, train.inputs[:count], train.labels[:count], options.epochs, seed)
             row["tuned"] = measure(small, test.inputs, test.labels)
         rows.append(row)
-        about = {key: str(value) for key, value in vars(options).items()} | describe_place()
+        about = {key: str(value) for key, value in vars(options).items() if key not in PLACES} | describe_place()
         options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
@@ -181,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these")
     parser.add_argument("--samples", type=int, default=2000, help="calibration images")
     parser.add_argument("--steps", type=int, default=1000, help="gradient steps for each layer")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of these")
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, for the methods that are tuned")
     parser.add_argument("--tune-samples", type=int, default=0, help="training images of fine-tuning; 0 is all")
     parser.add_argument("--summary", action="store_true", help="only print what the file holds")

@@ -42,6 +42,9 @@ from nettrim.pipeline.prune import module_of
 NAMED = ("probe", "probe-loss", "accumulate", "magnitude", "reverse", "block-influence", "largest")
 LABELLED = ("probe", "magnitude", "reverse")  # that are recovered without the teacher, too
 
+#: options that say where, not what
+PLACES = ("data", "weights", "out", "summary")
+
 
 class Study:
     """One trained network, its units, and what they are worth."""
@@ -149,7 +152,7 @@ def run(options: argparse.Namespace, data: Data) -> None:
                 alone = recovered(study.without(going), study.model, images, labels, options, 0.0)
                 known[names]["labelled"] = measure(alone, test.inputs, test.labels)
             found["rows"].append(row | known[names] | {"seconds": time.monotonic() - began})
-            about = {key: str(value) for key, value in vars(options).items()} | describe_place()
+            about = {key: str(value) for key, value in vars(options).items() if key not in PLACES} | describe_place()
             options.out.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
             bar.update()
 
