@@ -73,7 +73,8 @@ class Slimming:
     @cached_property
     def gone(self) -> dict[str, Tensor]:
         """The folded entries, in the dense shape, of the units that are gone."""
-        return {name: tensor for unit in self.units for name, tensor in gone(self.graph, unit).items()}
+        device = next(iter(self.dense.values())).device
+        return {name: tensor for unit in self.units for name, tensor in gone(self.graph, unit, device).items()}
 
     @cached_property
     def absent(self) -> set[str]:

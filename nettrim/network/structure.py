@@ -2,7 +2,7 @@
 
 A network without some channels or units is also the dense network with other weights: a channel that is gone is a zero
 row of its layer and zero columns of the next; a residual branch that is gone ends in a zero layer; a plain unit that is
-gone is the identity, because what reaches it is not negative. `shrink` leaves them out, `widen` puts them back.
+gone is the identity, because what reaches it is not negative. `nettrim.network.slim` goes from one to the other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Structure:
         return Structure({name: tuple(kept) for name, kept in stored["channels"].items()}, tuple(stored["removed"]))
 
 
-def gone(graph: LayerGraph, unit: Unit) -> dict[str, Tensor]:
+def gone(graph: LayerGraph, unit: Unit, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return what makes a unit vanish in the dense shape: entries of the folded state, in float64.
 
     A plain unit's layer is the identity: its kernel is one where a channel meets itself in the tap over its own
@@ -55,11 +55,13 @@ def gone(graph: LayerGraph, unit: Unit) -> dict[str, Tensor]:
     graph : LayerGraph
     unit : Unit
         That is removable.
+    device : torch.device, optional
+        Of the entries.
     """
     entries: dict[str, Tensor] = {}
     for name in unit.layers:
         spec = graph.layer(name)
-        weight = torch.zeros(spec.shape, dtype=torch.float64)
+        weight = torch.zeros(spec.shape, dtype=torch.float64, device=device)
         if unit.kind == "plain":
             taps = () if spec.window is None else middle_tap(spec.window)
             assert taps is not None
@@ -69,5 +71,5 @@ def gone(graph: LayerGraph, unit: Unit) -> dict[str, Tensor]:
             over.copy_(torch.eye(len(weight)))
         entries[spec.weight] = weight
         if spec.bias_name is not None:
-            entries[spec.bias_name] = torch.zeros(spec.out_features, dtype=torch.float64)
+            entries[spec.bias_name] = torch.zeros(spec.out_features, dtype=torch.float64, device=device)
     return entries

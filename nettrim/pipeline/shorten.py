@@ -82,7 +82,7 @@ def shorten(
     seconds = time.monotonic() - began
     structure = Structure(removed=tuple(unit.name for unit in going))
     for unit in going:
-        standing.state |= gone(graph, unit)
+        standing.state |= gone(graph, unit, next(iter(account.dense.values())).device)
     evidence = _evidence(plan.amount, value, graph, standing, units, going, seconds)
     if store is not None:
         for layer in evidence:
