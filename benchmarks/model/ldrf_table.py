@@ -6,8 +6,9 @@ For every seed a network that was trained with that seed (`benchmarks.model.trai
 every share and method one run on the same calibration images, drawn by the seed. Methods are the same code with other
 settings: "ls" is the choice of channels and the next layer's least squares (with the selectors lasso and thinet these
 are He 2017 and ThiNet); "ldrf" adds the joint optimisation toward the embedding; "control" takes as many gradient steps
-toward the next layer's outputs; "cut" fits nothing. FILE.json holds one row for each and is written after every run;
-what it holds is not run again. `--summary` prints the tables that follow from it.
+toward the next layer's outputs; "cut" fits nothing, and its rows say how much faster networks of these widths are.
+FILE.json holds one row for each and is written after every run; what it holds is not run again. `--summary` prints the
+tables that follow from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from benchmarks.model.train_nets import make, measure
 from nettrim import FineTune, Ldrf
 from nettrim.data import Data, load
-from nettrim.network.batches import Batches, read_batches
+from nettrim.network.batches import Batch, Batches, read_batches
+from nettrim.network.costs import costs_of, latency_ratio
 from nettrim.network.reestimate import reinsert_norms
 from nettrim.pipeline.account import Account
 from nettrim.pipeline.files import describe_place
@@ -79,6 +81,13 @@ def narrowed(
     return small, errors, time.monotonic() - began
 
 
+def faster(model: nn.Module, small: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return how many times fewer multiply-adds the smaller network has, and how many times as fast it is."""
+    fewer = costs_of(model, batch).multiply_adds / costs_of(small, batch).multiply_adds
+    ratio = latency_ratio(model, small, batch)
+    return {"fewer": fewer, "speed-up": ratio.speedup, "quartiles": ratio.quartiles}
+
+
 def tuned(model: nn.Module, dense: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     """Fine-tune in place, without choosing an epoch: all alike."""
     settings = FineTune(epochs=epochs, validation=0.0, patience=None, learning_rate=1e-3)
@@ -110,6 +119,8 @@ def run(options: argparse.Namespace, data: Data) -> None:
         row = {"seed": seed, "share": share, "method": method, "selector": selector, "seconds": seconds}
         row |= {"dense": measure(model, test.inputs, test.labels), "errors": errors}
         row |= {"accuracy": measure(small, test.inputs, test.labels)}
+        if method == "cut":
+            row |= faster(model, small, batches.first(64))  # all methods end with these shapes
         if options.epochs and (method, selector) in TUNED:
             count = options.tune_samples or len(train.inputs)
             tuned(small, model, train.inputs[:count], train.labels[:count], options.epochs, seed)
@@ -144,6 +155,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
         said.append("| " + " | ".join(line) + " |")
     for share in shares:
         here = [row for row in rows if row["share"] == share]
+        for row in here:
+            if "speed-up" in row:
+                low, high = row["quartiles"]
+                said.append(
+                    f"{100 * share:g} %, seed {row['seed']}: {row['fewer']:.2f} times fewer multiply-adds, "
+                    f"{row['speed-up']:.2f} times as fast (quartiles {low:.2f} to {high:.2f})"
+                )
         won, controls, spreads, factored, losses = [], [], [], [], []
         for seed in seeds:
             mine = {(r["method"], r["selector"]): 100 * r["accuracy"] for r in here if r["seed"] == seed}
