@@ -52,7 +52,7 @@ METHODS: dict[str, Callable[..., Ldrf]] = {
 #: method, selector
 CELLS = (
     ("cut", "l1"),
-    *(("ls", selector) for selector in (*SELECTORS, "thinet")),
+    *(("ls", selector) for selector in (*SELECTORS, "energy", "thinet")),
     *(("ldrf", selector) for selector in SELECTORS),
     ("control", "l1"),
     ("ldrf-response", "l1"),
