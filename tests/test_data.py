@@ -228,6 +228,8 @@ def test_the_second_mirror_steps_in(tmp_path, web):
         (gzip.compress(mnist_files()[LABELS])[:-4], "ended before"),
         (None, "no route to host"),
     ],
+    # compressed bytes hold the time, and the tests are collected by several processes
+    ids=["another file", "a page", "cut short", "nothing"],
 )
 def test_a_failed_download_leaves_nothing_behind(tmp_path, web, content, said):
     for mirror in data._MIRRORS:
