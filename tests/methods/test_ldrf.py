@@ -215,7 +215,7 @@ def test_presets_are_the_baselines_on_the_same_footing():
     assert (Ldrf.cut().steps, Ldrf.cut().refit) == (0, False)
     assert (Ldrf.control().target, Ldrf.control().steps) == ("outputs", Ldrf().steps)
     assert Ldrf().as_dict() == {
-        "variant": "direct", "selector": "l1", "steps": 1000, "learning_rate": 2e-3, "target": "embedding",
+        "variant": "direct", "selector": "l1", "steps": 1000, "learning_rate": 1e-2, "target": "embedding",
         "basis": "weight", "energy": 1.0, "capacity_tolerance": None, "allocate": "uniform", "ridge": 1e-6,
         "rows": None, "held": 0.1, "refit": True, "head": "fit",
     }  # fmt: skip
